@@ -1,0 +1,27 @@
+"""Every stage on a tiny random model with a byte tokenizer: shows that the loop works, aligns nothing.
+
+    python -m isara_jax.train --config=configs/tiny.py --workdir=runs/tiny
+
+Time: at most 20 s with a warm compilation cache, 45 s without (2 cores, no downloads).
+Expect: two iterations of 16 requests. The model writes random bytes, so the filters that ask for words and for an end are left out and
+most requests are kept.
+"""
+from isara_jax.config import defaults
+
+
+def get_config():
+    config = defaults()
+    config.model.name = "tiny-random"
+    config.model.dtype = "float32"
+    config.retrieval.encoder = "tiny-random-encoder"
+    config.retrieval.k = 2
+    config.data.limit = 12
+    config.generate.requests = 16
+    config.generate.question.max_new_tokens = 24
+    config.generate.answer.max_new_tokens = 24
+    config.filters.question = ("parse", "min_words", "ngram_loop", "exemplar_copy", "novelty")
+    config.filters.answer = ("parse", "min_words", "echo", "ngram_loop", "exemplar_copy")
+    config.filters.min_words = 1
+    config.sft.epochs = 1
+    config.sft.lr = 1e-3
+    return config

@@ -1,0 +1,307 @@
+"""The only schema: every field a run can be given, its default, its range, and whether it is part of the run's identity.
+
+A config file is Python: `get_config()` calls `defaults()`, changes what it wants and returns it. The command line overrides single
+fields (`--config.sft.lr=1e-4`). `from_dict` turns the result into frozen dataclasses with every range checked.
+
+*identity* fields decide what a run produces: changed on a used workdir they are refused with a diff. *runtime* fields (paths, mesh,
+more iterations, logging) may change between starts. Data and models are identified by their content, so a path or name is runtime.
+Imports no jax, so that light commands stay light.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+import ml_collections
+
+from isara_jax.common import UserError
+
+IDENTITY, RUNTIME = "identity", "runtime"
+
+
+class ConfigError(UserError):
+    """A config that cannot be run: unknown key, wrong type or value out of range. One line, with the next step."""
+
+
+def _check(name: str, value: Any, ok: bool, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"config.{name}={value!r} is out of range: {rule}. Change it in the config file or with --config.{name}=VALUE.")
+
+
+def _one_of(name: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"config.{name}={value!r} is not one of {', '.join(choices)}.{hint}")
+
+
+def runtime(default: Any) -> Any:
+    """A field that may change between two starts of one run."""
+    return field(default=default, metadata={"kind": RUNTIME})
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = runtime("smollm2-135m-instruct")  # embedded name, hub id, HF folder or .gguf file; identified by the hash of its content
+    dtype: str = runtime("auto")         # compute and sampling: auto, float32 or bfloat16 (what auto resolves to at the first start is identity)
+    form: str = "plain"                  # plain ("Q: … A: …") or chat (the model's template): governs prompts, training, scoring and chat
+    context: int = 0                     # longest sequence in tokens; 0 takes the model's own
+
+    def __post_init__(self):
+        _one_of("model.dtype", self.dtype, "auto", "float32", "bfloat16")
+        _one_of("model.form", self.form, "plain", "chat")
+        _check("model.context", self.context, self.context == 0 or self.context >= 32, "0 (the model's own) or at least 32 tokens")
+
+
+@dataclass(frozen=True)
+class Data:
+    seeds: str = runtime("misconceptions")  # a .jsonl, .json or .csv file, or the name of a built-in set; identified by content
+    question: str = runtime("")             # column that holds the question; "" recognises the usual names
+    answer: str = runtime("")               # column that holds the answer; "" recognises the usual names
+    limit: int = runtime(0)                 # use only the first so many pairs; 0 uses all
+    author: str = ""                        # who wrote the pairs (human, or a model's name), where the file does not say
+    source: str = ""                        # where the pairs come from, where the file does not say
+    licence: str = ""                       # their licence, where the file does not say
+    holdout: float = 0.125                  # share of the seeds kept aside for the held-out loss (at least 4; none under 8 seeds)
+
+    def __post_init__(self):
+        _check("data.limit", self.limit, self.limit >= 0, "0 (all) or a positive number of pairs")
+        _check("data.holdout", self.holdout, 0 <= self.holdout <= 0.5, "between 0 and 0.5")
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    encoder: str = runtime("minilm-l6")  # embedded name, hub id or folder of a sentence encoder; identified by the hash of its content
+    strategy: str = "knn"          # knn, random or mmr (maximal marginal relevance)
+    k: int = 5                     # exemplars in a prompt
+    mmr_lambda: float = 0.7        # mmr: weight of relevance against diversity (1 is knn); Carbonell and Goldstein 1998
+    index: str = runtime("auto")   # auto (scann where it has a wheel), scann or numpy: all give the same neighbours
+
+    def __post_init__(self):
+        _one_of("retrieval.strategy", self.strategy, "knn", "random", "mmr")
+        _one_of("retrieval.index", self.index, "auto", "scann", "numpy")
+        _check("retrieval.k", self.k, 0 <= self.k <= 64, "0 to 64 exemplars")
+        _check("retrieval.mmr_lambda", self.mmr_lambda, 0 <= self.mmr_lambda <= 1, "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    question_marker: str = "Q:"    # opens a question in the plain form, and is what an answer stops at
+    answer_marker: str = "A:"      # opens an answer in the plain form
+    order: str = "nearest_last"    # nearest_last, nearest_first or by id
+    budget: int = 0                # most tokens in a prompt; 0 takes the context less the tokens to be generated
+
+    def __post_init__(self):
+        _one_of("prompt.order", self.order, "nearest_last", "nearest_first", "id")
+        for name in ("question_marker", "answer_marker"):
+            value = getattr(self, name)
+            _check(f"prompt.{name}", value, bool(value.strip()) and "\n" not in value, "one non-empty line")
+        _check("prompt.question_marker", self.question_marker, self.question_marker != self.answer_marker, "different from prompt.answer_marker")
+        _check("prompt.budget", self.budget, self.budget >= 0, "0 (as much as fits) or a number of tokens")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 0.7       # 0 is greedy
+    top_p: float = 0.95            # nucleus, applied after the temperature as Hugging Face does
+    max_new_tokens: int = 0        # 0 derives the limit from the lengths of the seeds
+
+    def __post_init__(self):
+        _check("generate.*.temperature", self.temperature, 0 <= self.temperature <= 10, "between 0 and 10")
+        _check("generate.*.top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("generate.*.max_new_tokens", self.max_new_tokens, 0 <= self.max_new_tokens <= 32768, "0 (derived) to 32768")
+
+
+@dataclass(frozen=True)
+class Generate:
+    requests: int = 192            # N of the paper: question prompts issued in an iteration
+    question: Sampling = Sampling()
+    answer: Sampling = Sampling()
+    slots: int = runtime(64)       # rows decoded at a time on each device; another number may change rounding, never the random numbers
+    prefill_chunk: int = 64        # tokens of one prompt prefilled at a time
+    key_block: int = 128           # keys attended at a time, at absolute positions
+
+    def __post_init__(self):
+        _check("generate.requests", self.requests, 1 <= self.requests <= 10_000_000, "at least 1")
+        _check("generate.slots", self.slots, 2 <= self.slots <= 4096, "2 to 4096")
+        for name in ("prefill_chunk", "key_block"):
+            value = getattr(self, name)
+            _check(f"generate.{name}", value, value in (16, 32, 64, 128, 256, 512), "a power of two from 16 to 512")
+        _check("generate.key_block", self.key_block, self.key_block % self.prefill_chunk == 0, "a multiple of generate.prefill_chunk")
+
+
+@dataclass(frozen=True)
+class Filters:
+    question: tuple[str, ...] = ("parse", "truncated", "min_words", "ngram_loop", "exemplar_copy", "novelty")
+    answer: tuple[str, ...] = ("parse", "truncated", "min_words", "echo", "ngram_loop", "exemplar_copy")
+    min_words: int = 5             # shortest question and answer in words (the paper's rule; reviews of arXiv 2401.06785)
+    rouge: float = 0.7             # a question with ROUGE-L F strictly above this to any accepted one is not new (the paper's rule)
+    loop_ngram: int = 4            # n of the n-gram loop filter
+    loop_repeats: int = 3          # so many occurrences of one n-gram make a loop
+
+    def __post_init__(self):
+        _check("filters.min_words", self.min_words, 0 <= self.min_words <= 100, "0 to 100 words")
+        _check("filters.rouge", self.rouge, 0 < self.rouge <= 1, "above 0 and at most 1")
+        _check("filters.loop_ngram", self.loop_ngram, 1 <= self.loop_ngram <= 50, "1 to 50 words")
+        _check("filters.loop_repeats", self.loop_repeats, 2 <= self.loop_repeats <= 100, "2 to 100")
+
+
+@dataclass(frozen=True)
+class Sft:
+    data: str = "seeds_accumulated"  # seeds_accumulated, seeds_latest or latest: which pairs an iteration trains on
+    init: str = "base"               # base or last: the parameters an iteration starts from
+    epochs: int = 3                  # with lr, betas, decay, clip and warm-up: safe-rlhf's SFT defaults, as the paper's library
+    lr: float = 2e-5
+    batch: int = 16                  # pairs in an optimizer step
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0                # largest global gradient norm
+    warmup: float = 0.03             # share of the steps with a rising rate; cosine after it
+    save_every: int = runtime(200)   # optimizer steps between two resumable states of an unfinished fine-tuning
+
+    def __post_init__(self):
+        _one_of("sft.data", self.data, "seeds_accumulated", "seeds_latest", "latest")
+        _one_of("sft.init", self.init, "base", "last")
+        _check("sft.epochs", self.epochs, 1 <= self.epochs <= 1000, "1 to 1000")
+        _check("sft.lr", self.lr, 0 < self.lr <= 1, "above 0 and at most 1")
+        _check("sft.batch", self.batch, 1 <= self.batch <= 65536, "at least 1")
+        _check("sft.betas", self.betas, len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers from 0 to below 1")
+        _check("sft.weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+        _check("sft.clip", self.clip, self.clip > 0, "above 0")
+        _check("sft.warmup", self.warmup, 0 <= self.warmup < 1, "from 0 to below 1")
+        _check("sft.save_every", self.save_every, self.save_every >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class Stop:
+    iterations: int = runtime(2)   # T: most iterations; more may be asked for later with the same workdir
+    min_yield: float = runtime(0.05)  # stop after an iteration that kept a smaller share of its requests
+    patience: int = runtime(0)     # stop after so many iterations without a lower held-out loss; 0 never does
+
+    def __post_init__(self):
+        _check("stop.iterations", self.iterations, 1 <= self.iterations <= 1000, "1 to 1000")
+        _check("stop.min_yield", self.min_yield, 0 <= self.min_yield <= 1, "between 0 and 1")
+        _check("stop.patience", self.patience, self.patience >= 0, "0 (off) or a number of iterations")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    data: int = runtime(-1)        # devices that share out rows; -1 takes all that are left
+    fsdp: int = runtime(1)         # devices that share out rows and parameters
+    tensor: int = runtime(1)       # devices that share out heads and hidden units
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        _check("mesh", sizes, all(s == -1 or s >= 1 for s in sizes), "each axis is -1 or at least 1")
+        _check("mesh", sizes, sizes.count(-1) <= 1, "at most one axis is -1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. `method` names a module of `isara_jax.methods`; `keep` says which iterations' parameters stay on disk."""
+
+    method: str = "isara"
+    seed: int = 0                  # every draw descends from it
+    sensitive: bool = runtime(False)  # console and log show ids, lengths and verdicts; text stays in the iteration files
+    keep: str = runtime("all")     # all or best_last
+    model: Model = Model()
+    data: Data = Data()
+    retrieval: Retrieval = Retrieval()
+    prompt: Prompt = Prompt()
+    generate: Generate = Generate()
+    filters: Filters = Filters()
+    sft: Sft = Sft()
+    stop: Stop = Stop()
+    mesh: Mesh = Mesh()
+
+    def __post_init__(self):
+        _one_of("method", self.method, "isara")
+        _one_of("keep", self.keep, "all", "best_last")
+        _check("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2**63 - 1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested plain dict of a config dataclass; tuples become lists, as JSON has them."""
+    out = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        out[f.name] = to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """Every field at its default, as the ConfigDict that config files start from. Unknown keys are refused from here on."""
+
+    def build(config: Any) -> ml_collections.ConfigDict:
+        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        made = ml_collections.ConfigDict({k: build(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()})
+        return made.lock()
+
+    return build(Config())
+
+
+def from_dict(values: Any) -> Config:
+    """The checked `Config` of a (possibly partial) mapping. Raises `ConfigError` for unknown keys, wrong types and bad ranges."""
+    return _build(Config, values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values, "")
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"config{'.' + path.rstrip('.') if path else ''} is {values!r}, but it is a section: give its fields one by one.")
+    hints = get_type_hints(cls)
+    made = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1)
+            hint = f"Did you mean {path}{near[0]}?" if near else f"This section has {', '.join(hints)}."
+            raise ConfigError(f"config.{path}{key} does not exist. {hint}")
+        if dataclasses.is_dataclass(hints[key]):
+            made[key] = _build(hints[key], value, f"{path}{key}.")
+        else:
+            made[key] = _typed(f"{path}{key}", value, hints[key])
+    try:
+        return cls(**made)
+    except ConfigError as e:  # a section that is used twice does not know where it stands
+        raise ConfigError(str(e).replace("generate.*.", path)) from None
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type: whole floats do not become ints, ints become floats, lists become tuples."""
+    if hint in (tuple[str, ...], tuple[float, float]):
+        item = str if hint == tuple[str, ...] else float
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"config.{name}={value!r} must be a tuple, for example ('{'a' if item is str else '0.9'}', …).")
+        return tuple(_typed(name, v, item) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or isinstance(value, bool) and hint is not bool:
+        raise ConfigError(f"config.{name}={value!r} is a {type(value).__name__}; it must be a {hint.__name__}.")
+    return value
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The identity fields of a config as a nested dict; sections without any are left out."""
+    out = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            if inner := identity(value):
+                out[f.name] = inner
+        elif f.metadata.get("kind", IDENTITY) == IDENTITY:
+            out[f.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def diff(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
+    """Readable lines for every leaf that differs between two nested dicts: `sft.lr: 2e-05 -> 0.0001`."""
+    lines = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += diff(a, b, f"{path}{key}.")
+        elif a != b:
+            lines.append(f"{path}{key}: {a!r} -> {b!r}")
+    return lines

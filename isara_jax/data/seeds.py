@@ -1,0 +1,279 @@
+"""The question-answer pairs a run starts from: read and checked as people have them, and split into those retrieved and those held out."""
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterable, Sequence, TypeVar
+
+import numpy as np
+from rapidfuzz import process
+from rapidfuzz.distance import LCSseq
+
+from isara_jax import config
+from isara_jax.common import UserError, content_hash
+from isara_jax.data import rouge
+from isara_jax.data.tables import Row, Table, read_table, short
+
+COLUMNS = {"question": ("question", "prompt", "instruction"), "answer": ("answer", "response", "output", "completion")}
+PROVENANCE = {"author": ("author",), "source": ("source",), "licence": ("licence", "license")}
+MAX_CHARACTERS = 20_000     # a pair of so many characters or more is refused: no context holds several of them
+MANY = 5_000                # more seeds than this work, but are not what the method is for
+SHOWN = 10                  # problems named in one message
+NEAR = 0.6                  # questions above this ROUGE-L F belong together; the project's threshold for every split
+HELD_OUT, SPLITTABLE = 4, 8  # fewest pairs to measure a held-out loss on, and fewest seeds to take them from
+
+Pair = TypeVar("Pair")      # anything with .question and .answer
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One pair, where it comes from, and its row in the file."""
+
+    question: str
+    answer: str
+    author: str
+    source: str
+    licence: str
+    row: int
+
+
+@dataclass(frozen=True)
+class SeedSet:
+    """Checked pairs in file order. `hash` identifies their content, wherever the file lies; `warnings` are for the person."""
+
+    pairs: tuple[Seed, ...]
+    path: str
+    hash: str
+    warnings: tuple[str, ...]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- reading
+def load_seeds(data: config.Data) -> SeedSet:
+    """Read and check the pairs of the file or built-in set `data.seeds`.
+
+    Raises one `UserError` that names the file and up to ten problems by row: see `_pair` and `_duplicates` for what is refused.
+    """
+    return _check(read_table(_locate(data.seeds)), data)
+
+
+def from_pairs(pairs: Iterable[Any], data: config.Data) -> SeedSet:
+    """Check pairs given in Python: (question, answer) tuples, or dicts with the columns a file may have. Raises as `load_seeds` does."""
+    rows = []
+    for number, pair in enumerate(pairs, 1):
+        if isinstance(pair, dict):
+            rows.append(Row(number, pair))
+        elif isinstance(pair, (tuple, list)) and len(pair) == 2:
+            rows.append(Row(number, {data.question or "question": pair[0], data.answer or "answer": pair[1]}))
+        else:
+            rows.append(Row(number, None, f"must be (question, answer) or a dict with these keys, but is {short(pair)}"))
+    columns = dict.fromkeys(column for row in rows for column in row.values or ())
+    return _check(Table(Path("the pairs given"), "item", tuple(columns), tuple(rows)), data)
+
+
+def _locate(name: str) -> Path:
+    """The file of a built-in set (a bare name) or of a path."""
+    path = Path(name).expanduser()
+    if not name.strip():
+        raise UserError(f"config.data.seeds is empty. Name a .jsonl, .json or .csv file, or a built-in set: {', '.join(built_in())}.")
+    if path.suffix or path.name != name:
+        return path
+    if name in built_in():
+        return built_in()[name]
+    if path.exists():
+        return path
+    near = difflib.get_close_matches(name, built_in(), 1)
+    raise UserError(f"config.data.seeds={name!r} is neither a built-in set nor a file here. {f'Did you mean {near[0]!r}? ' if near else ''}"
+                    f"Built-in sets: {', '.join(built_in())}. A file of yours ends in .jsonl, .json or .csv.")
+
+
+def built_in() -> dict[str, Path]:
+    """The seed sets that come with the package, by name."""
+    try:
+        folder = Path(str(importlib.resources.files("isara_jax.configs"))) / "data"
+    except ModuleNotFoundError:  # a checkout that is not installed: configs/ lies beside the package
+        folder = Path(__file__).resolve().parents[2] / "configs" / "data"
+    return {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- checking
+def _check(table: Table, data: config.Data) -> SeedSet:
+    rows = table.rows[:data.limit or None]
+    if not rows:
+        raise UserError(f"{table.path} holds no pairs{' below its header' if table.columns else ''}. Add at least one question and answer.")
+    warnings: list[str] = []
+    pairs, problems = [], {}
+    if any(row.values is not None for row in rows):
+        names = {kind: _column(table, kind, getattr(data, kind), warnings) for kind in COLUMNS}
+        if names["question"] == names["answer"]:
+            raise UserError(f"{table.path}: the column {names['question']!r} cannot hold both the questions and the answers. "
+                            "Set --config.data.question and --config.data.answer.")
+        extra = {kind: _first(table.columns, known) for kind, known in PROVENANCE.items()}
+        for row in rows:
+            made = row.problem or _pair(row, names, extra, data)
+            if isinstance(made, Seed):
+                pairs.append(made)
+            else:
+                problems[row.number] = made
+    else:
+        problems = {row.number: row.problem for row in rows}
+    problems |= _duplicates(pairs, table.unit)
+    if problems:
+        raise UserError(_message(table, problems))
+    warnings += _warnings(table, pairs)
+    return SeedSet(tuple(pairs), str(table.path), _hash(pairs), tuple(warnings))
+
+
+def _hash(pairs: Sequence[Seed]) -> str:
+    return content_hash(*(part for p in pairs for part in (p.question, p.answer, p.author, p.source, p.licence)))
+
+
+def _first(columns: Iterable[str], known: Sequence[str]) -> str | None:
+    """The first column, in the order of `known`, whose name is one of these, whatever its case."""
+    folded = {column.strip().casefold(): column for column in reversed(list(columns))}
+    return next((folded[name] for name in known if name in folded), None)
+
+
+def _column(table: Table, kind: str, asked: str, warnings: list[str]) -> str:
+    """The column of the questions or answers: the one asked for, else the first with a usual name."""
+    known = COLUMNS[kind]
+    found = asked if asked in table.columns else _first(table.columns, [asked.strip().casefold()] if asked else known)
+    if found is None:
+        near = _near(table.columns, [asked] if asked else known)
+        flag = f"--config.data.{kind}={repr(near) if near and ' ' in near else near or 'COLUMN'}"
+        missing = f"there is no column {asked!r}" if asked else f"no column is called {', '.join(known[:-1])} or {known[-1]}"
+        there = ", ".join(map(repr, table.columns[:20])) or "none"
+        first_row = " The first row must name the columns." if table.unit == "row" else ""
+        raise UserError(f"{table.path}: {missing}. Columns found: {there}.{first_row} Name the one that holds the {kind}s with {flag}.")
+    others = [c for c in table.columns if c != found and c.strip().casefold() in known]
+    if others and not asked:
+        warnings.append(f"{table.path}: the {kind}s are taken from the column {found!r}, not from {', '.join(map(repr, others))}; "
+                        f"--config.data.{kind}=COLUMN takes another")
+    return found
+
+
+def _near(columns: Sequence[str], wanted: Iterable[str]) -> str | None:
+    folded = {column.casefold(): column for column in columns}
+    for name in wanted:
+        if close := difflib.get_close_matches(name.casefold(), folded, 1):
+            return folded[close[0]]
+    return next((column for name in wanted for lower, column in folded.items() if name.casefold() in lower), None)
+
+
+def _pair(row: Row, names: dict[str, str], extra: dict[str, str | None], data: config.Data) -> Seed | str:
+    """The pair in a row, or what is wrong with it: a value that is missing, empty, no text or no Unicode, or a pair too long.
+
+    A non-empty `input` beside an `instruction` (Alpaca's columns) goes on its own line after the instruction.
+    """
+    columns = list(names.items())
+    joined = _first(row.values, ["input"]) if names["question"].strip().casefold() == "instruction" else None
+    if joined not in (None, names["answer"]) and row.values[joined] not in (None, ""):
+        columns.append(("input", joined))
+    texts = {}
+    for kind, column in columns:
+        value = row.values.get(column)
+        if value is None or isinstance(value, str) and not value.strip():
+            return f"the {kind} (column {column!r}) is {'empty' if column in row.values else 'missing'}"
+        if not isinstance(value, str):
+            return f"the {kind} (column {column!r}) must be text, but is a {type(value).__name__}: {short(value)}"
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            return f"the {kind} (column {column!r}) holds half of a surrogate pair, which is no character: {short(value)}"
+        texts[kind] = value.strip().replace("\r\n", "\n").replace("\r", "\n")
+    question, answer = "\n".join(filter(None, (texts["question"], texts.get("input")))), texts["answer"]
+    if len(question) + len(answer) >= MAX_CHARACTERS:
+        return f"the pair has {len(question) + len(answer):,} characters, and {MAX_CHARACTERS:,} are too many: {short(question)}"
+    known = [str(row.values.get(extra[kind]) or "").strip() or getattr(data, kind) or "unknown" for kind in PROVENANCE]
+    return Seed(question, answer, *known, row.number)
+
+
+def normalise(text: str) -> str:
+    """A text without case and with single spaces, for telling whether two are the same."""
+    return " ".join(text.split()).casefold()
+
+
+def _duplicates(pairs: Sequence[Seed], unit: str) -> dict[int, str]:
+    """Pairs whose question and answer repeat an earlier row's."""
+    first: dict[tuple[str, str], int] = {}
+    found = {}
+    for p in pairs:
+        row = first.setdefault((normalise(p.question), normalise(p.answer)), p.row)
+        if row != p.row:
+            found[p.row] = f"the same question and answer as {unit} {row}: {short(p.question)}"
+    return found
+
+
+def _message(table: Table, problems: dict[int, str]) -> str:
+    """One message: on one line for a single problem, else a line for each of the first ten."""
+    lines = [f"{table.unit} {number}: {problems[number]}" for number in sorted(problems)]
+    if len(lines) == 1:
+        return f"{table.path}, {lines[0]}. Mend or remove it and start again."
+    more = [f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n  ".join([f"{table.path} has {len(lines)} problems; mend or remove these and start again:", *lines[:SHOWN], *more])
+
+
+def _warnings(table: Table, pairs: Sequence[Seed]) -> list[str]:
+    out = []
+    for field in PROVENANCE:
+        unknown = sum(getattr(p, field) == "unknown" for p in pairs)
+        if unknown:
+            out.append(f"{table.path}: the {field} of {'the' if unknown == len(pairs) else f'{unknown} of the'} seeds is unknown, and every "
+                       f"generated pair inherits that; say it with --config.data.{field}=… or a column {field!r}")
+    rows: dict[str, list[int]] = defaultdict(list)
+    for p in pairs:
+        rows[normalise(p.question)].append(p.row)
+    repeated = [" and ".join(map(str, numbers)) for numbers in rows.values() if len(numbers) > 1]
+    if repeated:
+        out.append(f"{table.path}: {len(repeated)} question(s) have different answers ({table.unit}s {'; '.join(repeated[:3])}"
+                   f"{'; …' if len(repeated) > 3 else ''}); all are kept")
+    if len(pairs) == 1:
+        out.append(f"{table.path}: there is only one seed, so every new pair will resemble it and nothing can be held out")
+    if len(pairs) > MANY:
+        out.append(f"{table.path}: {len(pairs):,} seeds; this works, but the method is meant for fewer than 100 (--config.data.limit=N uses the first N)")
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------------- splitting
+def split_holdout(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
+    """Split pairs into (train, held out) so that no question has a near-duplicate on the other side.
+
+    Whole components (see `components`) are held out, in the order of a hash of their content, until `share` of the pairs and at
+    least 4 are: the outcome depends neither on the order of the rows nor on their file. A component that would take more than twice
+    that, or leave fewer pairs to train on than are held out, is passed over. Nothing is held out at share 0, under 8 pairs, or where 4 cannot be.
+    """
+    target = max(HELD_OUT, math.ceil(share * len(pairs)))
+    if not share or len(pairs) < SPLITTABLE:
+        return list(pairs), []
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i, label in enumerate(components([p.question for p in pairs])):
+        groups[int(label)].append(i)
+    content = lambda group: content_hash("split", *sorted(content_hash(pairs[i].question, pairs[i].answer) for i in group))
+    held: set[int] = set()
+    for group in sorted(groups.values(), key=content):
+        if len(held) < target and len(held) + len(group) <= min(2 * target, len(pairs) // 2):
+            held.update(group)
+    if len(held) < HELD_OUT:
+        held.clear()
+    return [p for i, p in enumerate(pairs) if i not in held], [p for i, p in enumerate(pairs) if i in held]
+
+
+def components(questions: Sequence[str], threshold: float = NEAR) -> np.ndarray:
+    """A label for each question [n]: equal where a chain of pairs with ROUGE-L F above `threshold`, or of equal texts, connects them."""
+    ids: dict[str, int] = {}
+    words = [[ids.setdefault(w, len(ids)) for w in rouge.tokens(q)] for q in questions]
+    firsts: dict[Any, int] = {}  # equal token lists are compared once; questions without a token are equal when their text is
+    place = [firsts.setdefault(tuple(w) or normalise(q), len(firsts)) for w, q in zip(words, questions)]
+    distinct = [list(key) if isinstance(key, tuple) else [] for key in firsts]
+    lengths = np.array([len(w) for w in distinct])
+    labels = np.arange(len(distinct))
+    for start in range(0, len(distinct), 256):  # blocks of rows keep the matrix small
+        block = slice(start, start + 256)
+        common = process.cdist(distinct[block], distinct, scorer=LCSseq.similarity, dtype=np.int32)
+        near = rouge.f_of_lengths(common, lengths[block, None], lengths) > threshold
+        for i, row in enumerate(near, start):
+            touched = np.unique(np.append(labels[row], labels[i]))
+            if len(touched) > 1:
+                labels[np.isin(labels, touched)] = touched[0]
+    return labels[place]

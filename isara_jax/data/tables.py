@@ -1,0 +1,206 @@
+"""Rows of a text file that people made: CSV, JSON or JSON lines, told apart by content as well as by name."""
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator
+
+from isara_jax.common import UserError
+
+_DELIMITERS = ",;\t"
+_JSON, _JSON_LINES = (".json",), (".jsonl", ".ndjson")
+_TABLES = (*_JSON, *_JSON_LINES, ".csv", ".tsv")
+_BINARY = {  # how a file begins -> what it is and how it becomes one that can be read
+    b"PK\x03\x04": "is a zip archive, as Excel and LibreOffice workbooks are. Open it there and save it as 'CSV UTF-8', or unzip it",
+    b"\xd0\xcf\x11\xe0": "is an old Excel workbook. Open it there and save it as 'CSV UTF-8'",
+    b"\x1f\x8b": "is compressed with gzip. Unpack it with gunzip",
+    b"PAR1": "is a Parquet file. Convert it with pandas: read_parquet(…).to_json(…, orient='records', lines=True)",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its number as an editor or a spreadsheet shows it, and either its values by column or what is wrong with it."""
+
+    number: int
+    values: dict[str, Any] | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a file. `unit` is the word for a row's number: line (JSON lines), item (JSON) or row (CSV, the header being row 1)."""
+
+    path: Path
+    unit: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def read_table(path: str | Path) -> Table:
+    """Read a CSV (`,`, `;` or tab), JSON or JSON-lines file.
+
+    Whatever stops the whole file from being read raises `UserError`; what is wrong with single rows is in the rows.
+    """
+    path = Path(path).expanduser()
+    text = _text(path, _bytes(path))
+    suffix = path.suffix.casefold()
+    if text.lstrip()[0] in "{[" or suffix in _JSON + _JSON_LINES:
+        unit, rows = _json(path, text, suffix)
+        return Table(path, unit, tuple(dict.fromkeys(column for row in rows for column in row.values or ())), rows)
+    columns, rows = _csv(path, text)
+    return Table(path, "row", columns, rows)
+
+
+# ------------------------------------------------------------------------------------------------------------------ file to text
+def _bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name one file in it. {_there(path)}")
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.parent.is_dir():
+            raise UserError(f"{path} does not exist: there is no folder {path.parent}. Check the path.") from None
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 3)
+        hint = f"Did you mean {' or '.join(str(path.parent / n) for n in near)}?" if near else _there(path.parent)
+        raise UserError(f"{path} does not exist. {hint}") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}. Check its permissions.") from None
+
+
+def _there(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir() if p.suffix.casefold() in _TABLES)
+    return f"{folder.absolute()} holds {', '.join(names[:8])}{', …' if len(names) > 8 else ''}." if names else (
+        f"{folder.absolute()} holds no {', '.join(_TABLES)} file.")
+
+
+def _text(path: Path, data: bytes) -> str:
+    for magic, what in _BINARY.items():
+        if data.startswith(magic):
+            raise UserError(f"{path} {what}, and name the result.")
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        if utf16:
+            raise UnicodeDecodeError("utf-8", data, 0, 1, "UTF-16")
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(_not_utf8(path, data, e.start, "UTF-16" if utf16 else "")) from None
+    if not text.strip():
+        raise UserError(f"{path} is empty. It must hold question-answer pairs: CSV with a header row, JSON, or JSON lines.")
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{path}, line {line}: holds NUL bytes, so it is UTF-16 or no text file. Save it as UTF-8 text.")
+    return text
+
+
+def _not_utf8(path: Path, data: bytes, start: int, encoding: str) -> str:
+    """Where the first byte is that is not UTF-8, what it would be in the encoding of Western Windows, and how to convert."""
+    where = f"{path}, line {data.count(bytes([10]), 0, start) + 1}: byte 0x{data[start]:02x}"
+    if not encoding:
+        try:
+            data.decode("cp1252")
+        except UnicodeDecodeError:
+            return f"{where} is not UTF-8. Save the file as UTF-8 text."
+        encoding = "CP1252"
+        where += f" (it would be {data[start:start + 1].decode('cp1252')!r} in Windows-1252)"
+    return (f"{where} is not UTF-8. The file seems to be {encoding}; convert it with `iconv -f {encoding} -t UTF-8 {path.name} > "
+            f"{path.stem}.utf8{path.suffix}`, or save it as UTF-8 (Excel: 'CSV UTF-8').")
+
+
+# -------------------------------------------------------------------------------------------------------------------------- JSON
+def _json(path: Path, text: str, suffix: str) -> tuple[str, tuple[Row, ...]]:
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        first = text.strip().split("\n", 1)[0].rstrip().rstrip(",")
+        if suffix in _JSON_LINES or first.startswith("{") and first.endswith("}"):
+            return "line", tuple(_json_lines(text))
+        where = f", line {e.lineno}: not valid JSON ({e.msg}, column {e.colno})" if isinstance(e, json.JSONDecodeError) else ": not usable JSON"
+        raise UserError(f"{path}{where}. Mend it there; nothing was read.") from None
+    if isinstance(whole, dict):
+        lists = {key: value for key, value in whole.items() if isinstance(value, list) and any(isinstance(v, dict) for v in value)}
+        if len(lists) > 1:
+            raise UserError(f"{path} holds several lists: {', '.join(lists)}. Keep only the one with the pairs, or save it alone.")
+        whole = next(iter(lists.values()), [whole])
+    if not isinstance(whole, list):
+        raise UserError(f"{path} holds {_kind(whole)}. It must hold a list of objects such as {{\"question\": …, \"answer\": …}}.")
+    return "item", tuple(_json_row(number, value) for number, value in enumerate(whole, 1))
+
+
+def _json_lines(text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield _json_row(number, json.loads(line))
+        except json.JSONDecodeError as e:
+            yield Row(number, None, f"not valid JSON ({e.msg}, column {e.colno}): {short(line)}")
+        except (ValueError, RecursionError):  # a number of thousands of digits, or brackets thousands deep
+            yield Row(number, None, f"not usable JSON: {short(line)}")
+
+
+def _json_row(number: int, value: Any) -> Row:
+    return Row(number, value) if isinstance(value, dict) else Row(number, None, f"must be an object with named fields, but is {_kind(value)}")
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__} ({short(value)})"
+
+
+def short(value: Any, size: int = 40) -> str:
+    """A value on one line for a message, cut to `size` characters."""
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return text if len(text) <= size else text[:size - 1] + "…"
+
+
+# --------------------------------------------------------------------------------------------------------------------------- CSV
+def _csv(path: Path, text: str) -> tuple[tuple[str, ...], tuple[Row, ...]]:
+    records = _records(text, _delimiter(text))
+    header = next((fields for _, fields, _ in records if fields is None or any(map(str.strip, fields))), None)
+    if header is None:
+        raise UserError(f"{path}, row 1: a quote in the header row is not closed or not doubled. Mend it there.")
+    columns = tuple(name.strip() for name in header)
+    twice = sorted({name for name in columns if name and columns.count(name) > 1})
+    if twice:
+        raise UserError(f"{path}, row 1: the column {twice[0]!r} is there twice. Rename or remove one.")
+    return columns, tuple(_csv_row(number, fields, problem, columns) for number, fields, problem in records
+                          if fields is None or any(map(str.strip, fields)))
+
+
+def _records(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | None, str]]:
+    """(row number, fields, problem) of each record. A quoting error ends the file: what follows could be read wrongly."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    for number in itertools.count(1):
+        line = reader.line_num + 1
+        try:
+            yield number, next(reader), ""
+        except StopIteration:
+            return
+        except csv.Error:
+            yield number, None, (f"a quote is not closed or not doubled in the text that begins in line {line} of the file: write \"\" for a quote "
+                                 "inside quoted text. What follows was not read")
+            return
+
+
+def _delimiter(text: str) -> str:
+    """The delimiter that splits the header, and the first rows most like it."""
+
+    def score(delimiter: str) -> tuple[bool, float, int]:
+        rows = [r for _, r, _ in itertools.islice(_records(text, delimiter), 50) if r]
+        width = len(rows[0]) if rows else 0
+        return width > 1, sum(len(r) == width for r in rows) / max(len(rows), 1), width
+
+    return max(_DELIMITERS, key=score)
+
+
+def _csv_row(number: int, fields: list[str] | None, problem: str, columns: tuple[str, ...]) -> Row:
+    if fields is None:
+        return Row(number, None, problem)
+    if any(map(str.strip, fields[len(columns):])):
+        return Row(number, None, f"has {len(fields)} fields, but the header has {len(columns)}: put text that holds the delimiter in quotes")
+    return Row(number, dict(zip(columns, fields + [""] * (len(columns) - len(fields)))))

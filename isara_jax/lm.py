@@ -1,0 +1,268 @@
+"""`load` and the `LM` that people hold: logits, score, generate.
+
+    lm = isara_jax.load("smollm2-135m-instruct")
+    lm.generate(["Q: Why is the sky blue?\\nA:"], max_new_tokens=32, temperature=0.7, top_p=0.95, seed=0, stop=["\\nQ:"])
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from isara_jax import preflight
+from isara_jax.common import UserError, address
+from isara_jax.data import tokenizer as tokenizer_lib
+from isara_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from isara_jax.decode.engine import EngineConfig, prepare
+from isara_jax.decode.generate import Request, generate
+from isara_jax.models import assets, decoder, gguf, hf, resolve
+from isara_jax.models.config import ModelConfig
+from isara_jax.models.layers import causal_attention
+from isara_jax.sharding import make_mesh, param_shardings, put_rows, row_devices
+
+WIDTHS = 64   # rows of tokens are padded to a multiple of this, so that few programs are compiled
+CHUNK = 64    # positions whose logits over the vocabulary exist at one time while scoring
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All that is known of a model before its weights are read."""
+
+    source: resolve.Source
+    cfg: ModelConfig
+    context: int                    # longest sequence in tokens
+    tokenizer: Tokenizer | ByteTokenizer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated continuation: its text (without the stop string), its token ids (without the EOS) and why it ended."""
+
+    text: str
+    ids: list[int]
+    finish: str                     # stop, eos or length
+
+
+@dataclass(frozen=True)
+class LM:
+    """A language model with its tokenizer, placed on a mesh. Nothing here changes it; `with_params` makes another."""
+
+    params: decoder.Params
+    blueprint: Blueprint
+    dtype: str                      # float32 or bfloat16: the arithmetic of sampling and scoring
+    mesh: Mesh
+    engine: EngineConfig
+
+    @property
+    def cfg(self) -> ModelConfig:
+        return self.blueprint.cfg
+
+    @property
+    def tokenizer(self) -> Tokenizer | ByteTokenizer:
+        return self.blueprint.tokenizer
+
+    @property
+    def context(self) -> int:
+        return self.blueprint.context
+
+    @property
+    def instruction_tuned(self) -> bool:
+        """Whether the model ships a chat template, which base models do not."""
+        return self.tokenizer.chat_template is not None
+
+    def with_params(self, params: decoder.Params) -> LM:
+        """The same model with other weights."""
+        return dataclasses.replace(self, params=params)
+
+    def with_engine(self, **changes: Any) -> LM:
+        """The same model sampled with another engine shape (slots, chunk, key_block)."""
+        return dataclasses.replace(self, engine=dataclasses.replace(self.engine, **changes))
+
+    def abstract_params(self) -> decoder.Params:
+        """The shapes, dtypes and places of the weights, as a checkpoint is restored to."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.params)
+
+    # ------------------------------------------------------------------------------------------------------------------------
+    def logits(self, token_ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Next-token logits at every position: rows of T ids to float32 arrays [T, V]. Needs no tokenizer."""
+        rows = [list(r) for r in token_ids]
+        self._check_rows(rows)
+        params, out = self._compute_params(), [np.zeros((0, self.cfg.vocab_size), np.float32)] * len(rows)
+        size = row_devices(self.mesh)
+        for batch in _batches([len(r) for r in rows], size):
+            tokens = put_rows(self.mesh, _pad([rows[i] for i in batch], size))
+            made = np.asarray(_full_logits(params, self.cfg, self.dtype, tokens))
+            for i, values in zip(batch, made):
+                out[i] = values[:len(rows[i])]
+        return out
+
+    def score(self, prompts: Sequence[str | Sequence[int]], continuations: Sequence[str | Sequence[int]]) -> list[float]:
+        """Summed log-likelihood (natural log) of each continuation after its prompt.
+
+        Strings are split into tokens as lm-evaluation-harness does (`Tokenizer.encode_pair`); token ids are taken as they are.
+        """
+        if len(prompts) != len(continuations):
+            raise UserError(f"score got {len(prompts)} prompts and {len(continuations)} continuations; give one for one.")
+        pairs = [self._split(i, p, c) for i, (p, c) in enumerate(zip(prompts, continuations))]
+        rows = [p + c for p, c in pairs]
+        self._check_rows(rows)
+        params, out = self._compute_params(), [0.0] * len(rows)
+        size = 8 * row_devices(self.mesh)
+        for batch in _batches([len(r) for r in rows], size):
+            starts = np.array([len(pairs[i][0]) for i in batch] + [1] * (size - len(batch)), np.int32)
+            ends = np.array([len(rows[i]) for i in batch] + [1] * (size - len(batch)), np.int32)
+            tokens = _pad([rows[i] for i in batch], size)
+            made = np.asarray(_scores(params, self.cfg, self.dtype, *put_rows(self.mesh, (tokens, starts, ends))))
+            for i, value in zip(batch, made):
+                out[i] = float(value)
+        return out
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
+                 n: int = 1, seed: int | None = None, stop: Sequence[str] = (), ignore_eos: bool = False) -> list[list[Sample]]:
+        """Continue each prompt n times; prompts are strings or token ids and no template is applied.
+
+        Special tokens spelled in a string are plain text; give token ids to use them. A draw depends on (seed, prompt, how often
+        this prompt occurred before it in this call, sample, position) and on nothing else, so a call repeated gives the same.
+        Raises `UserError` when temperature > 0 without a seed, and for prompts that are empty or do not fit the context.
+        """
+        if isinstance(prompts, str):
+            raise UserError("generate takes a list of prompts, not one string: write generate([prompt]).")
+        if temperature > 0 and seed is None:
+            raise UserError(f"temperature={temperature} draws at random: give seed=NUMBER (any), or temperature=0 for greedy text.")
+        if n < 1 or max_new_tokens < 0 or temperature < 0 or not 0 < top_p <= 1 or not all(stop):
+            raise UserError(f"generate got n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}, stop={list(stop)}: "
+                            "n is at least 1, max_new_tokens and temperature at least 0, top_p in (0, 1], and stop strings are not empty.")
+        seen: dict[tuple[int, ...], int] = {}
+        requests = []
+        for i, prompt in enumerate(prompts):
+            ids = tuple(self._encode(i, prompt))
+            occurrence = seen[ids] = seen.get(ids, -1) + 1
+            digest = ",".join(map(str, ids))
+            requests += [Request(ids, address("generate", digest, occurrence, j), max_new_tokens, temperature, top_p, tuple(stop), ignore_eos)
+                         for j in range(n)]
+        made = self.run(requests, seed=seed or 0)
+        samples = [Sample(c.text if c.text is not None else self.tokenizer.decode(c.ids), c.ids, c.finish) for c in made]
+        return [samples[i * n:(i + 1) * n] for i in range(len(prompts))]
+
+    def run(self, requests: Sequence[Request], *, seed: int, on_progress=None) -> list:
+        """Completions of prepared requests, in their order: what `generate` and the loop are made of."""
+        return generate(self._compute_params(), self.cfg, self.engine, self.mesh, requests, seed=seed, stop_ids=self.tokenizer.stop_ids,
+                        decode=self.tokenizer.decode, context=self.context, on_progress=on_progress)
+
+    # ------------------------------------------------------------------------------------------------------------------------
+    def _compute_params(self) -> decoder.Params:
+        return prepare(self.params, self.dtype, self.mesh)
+
+    def _encode(self, i: int, prompt: str | Sequence[int]) -> list[int]:
+        ids = self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else [int(t) for t in prompt]
+        if not ids:
+            raise UserError(f"prompt {i} is empty: a model needs at least one token to continue.")
+        return ids
+
+    def _split(self, i: int, prompt: str | Sequence[int], continuation: str | Sequence[int]) -> tuple[list[int], list[int]]:
+        if isinstance(prompt, str) != isinstance(continuation, str):
+            raise UserError(f"pair {i}: prompt and continuation must both be strings or both be token ids.")
+        pair = self.tokenizer.encode_pair(prompt, continuation) if isinstance(prompt, str) else (list(prompt), list(continuation))
+        if not pair[0] or not pair[1]:
+            raise UserError(f"pair {i}: the {'prompt' if not pair[0] else 'continuation'} has no tokens, so there is nothing to score.")
+        return pair
+
+    def _check_rows(self, rows: Sequence[Sequence[int]]) -> None:
+        for i, row in enumerate(rows):
+            if not 0 < len(row) <= self.context:
+                raise UserError(f"row {i} has {len(row)} tokens; this model takes 1 to {self.context}.")
+            if min(row) < 0 or max(row) >= self.cfg.vocab_size:
+                raise UserError(f"row {i} holds token id {min(row) if min(row) < 0 else max(row)}; ids go from 0 to {self.cfg.vocab_size - 1}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+def describe(name: str, *, context: int = 0) -> Blueprint:
+    """Find a model and read everything but its weights. `context` shortens its context; 0 keeps the model's own."""
+    source = resolve.resolve(name)
+    if source.kind == "tiny":
+        cfg, own, tokenizer = resolve.TINY_CONFIG, resolve.TINY_CONTEXT, ByteTokenizer()
+    elif source.kind == "gguf":
+        cfg, own = gguf.model_config(source.path), gguf.context_length(source.path)
+        tokenizer = tokenizer_lib.from_gguf(functools.partial(gguf.metadata, source.path), source.path, assets.cache_folder() / "tokenizers")
+    else:
+        cfg, own, tokenizer = hf.model_config(source.path), hf.context_length(source.path), tokenizer_lib.from_folder(source.path)
+    if context > own:
+        raise UserError(f"config.model.context={context} is longer than the {own} tokens of {name}; set it to at most {own}, or 0.")
+    return Blueprint(source, cfg, context or own, tokenizer)
+
+
+def load(name: str, dtype: str = "auto", *, mesh: Mesh | None = None, blueprint: Blueprint | None = None) -> LM:
+    """Load a model by embedded name, hub id, HF folder or GGUF file; weights go straight to their place on the mesh.
+
+    Args:
+        name: for example "smollm2-135m-instruct"; what it lacks is fetched.
+        dtype: "float32", "bfloat16", or "auto": bfloat16 where the device multiplies it natively.
+        mesh: where to put it; by default all devices share out rows.
+        blueprint: the result of `describe(name)`, when it is at hand already.
+    """
+    preflight.compilation_cache()
+    blueprint = blueprint or describe(name)
+    mesh = make_mesh() if mesh is None else mesh
+    dtype, _ = preflight.choose_dtype(dtype, mesh.devices.flatten().tolist())
+    shardings = param_shardings(decoder.abstract_params(blueprint.cfg), mesh)
+
+    def place(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, functools.reduce(lambda tree, key: tree[key], path, shardings))
+
+    source = blueprint.source
+    if source.kind == "tiny":
+        params = jax.device_put(decoder.init_params(blueprint.cfg, seed=0), shardings)
+    else:
+        params = (gguf if source.kind == "gguf" else hf).load_params(source.path, blueprint.cfg, place)
+    return LM(params, blueprint, dtype, mesh, EngineConfig(dtype=dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+def _batches(lengths: list[int], size: int) -> list[list[int]]:
+    """Row numbers in groups of at most `size`, rows of similar length together."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[i:i + size] for i in range(0, len(order), size)]
+
+
+def _pad(rows: list[list[int]], size: int) -> np.ndarray:
+    """Rows right-padded to a common width [size, T]; rows beyond the last stay zero. Nothing reads the padding: lengths rule."""
+    width = -(-max(map(len, rows)) // WIDTHS) * WIDTHS
+    tokens = np.zeros((size, width), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, :len(row)] = row
+    return tokens
+
+
+def _hidden(params, cfg, dtype, tokens_BT):
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return decoder.forward(params, cfg, tokens_BT, positions_BT, causal_attention(jnp.dtype(dtype)))[0]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _full_logits(params, cfg, dtype, tokens_BT):
+    return decoder.lm_head(params, cfg, _hidden(params, cfg, dtype, tokens_BT))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _scores(params, cfg, dtype, tokens_BT, starts_B, ends_B):
+    """Sum over t in [start, end) of log p(token t | tokens before t), a chunk of positions at a time: [B] float32."""
+    hidden_BTD = _hidden(params, cfg, dtype, tokens_BT)
+    B, T, D = hidden_BTD.shape
+    targets_BT = jnp.roll(tokens_BT, -1, axis=1)  # position t predicts token t + 1
+    at_T = jnp.arange(1, T + 1)
+    wanted_BT = (at_T >= starts_B[:, None]) & (at_T < ends_B[:, None])
+    chunks = lambda x: jnp.moveaxis(x.reshape(B, T // CHUNK, CHUNK, *x.shape[2:]), 1, 0)
+
+    def one(total_B, chunk):
+        hidden, targets, wanted = chunk
+        logits = decoder.lm_head(params, cfg, hidden)
+        log_p = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+        return total_B + jnp.sum(jnp.where(wanted, log_p, 0.0), axis=1), None
+
+    return jax.lax.scan(one, jnp.zeros(B), (chunks(hidden_BTD), chunks(targets_BT), chunks(wanted_BT)))[0]

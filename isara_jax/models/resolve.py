@@ -1,0 +1,226 @@
+"""From the name of a model to the files that hold it: one resolver, one message when it cannot be found. Imports no jax."""
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import os
+import re
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+from isara_jax.common import UserError, content_hash, file_hash
+from isara_jax.models import assets
+from isara_jax.models.config import ModelConfig
+
+# "tiny-random": a random decoder for a byte tokenizer, so that every stage can run in seconds
+TINY_CONFIG = ModelConfig(vocab_size=264, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=128, tie_embeddings=True)
+TINY_CONTEXT = 512
+
+WHOLE_FILE = 200_000_000  # bytes; larger weight files are identified by samples of their content
+PROBE_SECONDS = 3.0
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+IGNORED = ["original/*", "onnx/*", "openvino/*", "consolidated*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies. `kind` is "hf" (`path` is a folder), "gguf" (`path` is a file) or "tiny" (no files; `path` is None)."""
+
+    kind: str
+    path: Path | None
+    name: str
+
+    def content_hash(self) -> str:
+        """Sixteen hex digits that identify config, tokenizer and weights, wherever the files lie.
+
+        Files under 200 MB enter with the SHA-256 of all their bytes; larger ones with their size, their first MiB and 64 blocks of
+        64 KiB at even distances, which tells fine-tuned siblings apart without reading 100 GB.
+        """
+        if self.kind == "tiny":
+            return content_hash("tiny-random", repr(TINY_CONFIG))
+        files = [self.path] if self.kind == "gguf" else _hf_files(self.path)
+        root = self.path.parent if self.kind == "gguf" else self.path
+        named = [] if self.kind == "gguf" else [f.relative_to(root).as_posix() for f in files]
+        return content_hash(*named, *(_fingerprint(f) for f in files))
+
+
+def resolve(name: str, *, fetch: bool = True, say: Callable[[str], None] = print) -> Source:
+    """Find a model by explicit path, embedded name or hub id.
+
+    Order: an existing path → the names "tiny-random" and of the embedded models (fetched when `fetch`) → the local hub cache → the hub,
+    unless HF_HUB_OFFLINE is set or it does not answer within three seconds. Raises one `UserError` that says where was looked and what to do.
+    """
+    path = Path(name).expanduser()
+    if name == "tiny-random":
+        return Source("tiny", None, name)
+    if name in assets.ASSETS:
+        folder = assets.ensure(name, say) if fetch else assets.find(name)
+        if folder is None:
+            raise UserError(f"{name} is not on this machine yet: run `python -m isara_jax.fetch {name}`.")
+        return _local(folder, name)
+    if path.exists():
+        return _local(path, name)
+    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or os.sep != "/" and os.sep in name:
+        raise UserError(f"{name}: no such file or folder.{_nearest(path)}")
+    return Source("hf", _hub(name, fetch, say), name)
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The object (or, with `kind=list`, the list) in a JSON file of a model folder. Raises `UserError` when it is absent or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}); it belongs to the model. Get the model again, with this file.") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON ({e}). The folder is damaged; get it again.") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path} holds a {type(value).__name__} where a {kind.__name__} is expected. The folder is damaged; get it again.")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------------ local files
+def _local(path: Path, name: str) -> Source:
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return Source("gguf", path, name)
+        raise UserError(f"{path} is a file, but not a .gguf file. Give the folder that holds config.json and the safetensors.")
+    if (path / "config.json").is_file():
+        _check_folder(path)
+        return Source("hf", path, name)
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return Source("gguf", ggufs[0], name)
+    if ggufs:
+        raise UserError(f"{path} holds {len(ggufs)} GGUF files; name one: {', '.join(str(f) for f in ggufs[:5])}.")
+    raise UserError(f"{path} is no model folder: it has no config.json. {_listing(path)} Give a folder with config.json and *.safetensors, or a .gguf file.")
+
+
+def _check_folder(folder: Path) -> None:
+    if not list(folder.glob("*.safetensors")):
+        pickled = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")] if folder.is_dir() else []
+        why = (f" Its {pickled[0]} is a pickle, which this package never opens: convert it with transformers' save_pretrained." if pickled
+               else " Download it again, with its *.safetensors files.")
+        raise UserError(f"{folder} holds no weights (*.safetensors). {_listing(folder)}{why}")
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(f.name for f in folder.iterdir())
+    return f"It holds {', '.join(names[:8])}{' …' if len(names) > 8 else ''}." if names else "It is empty."
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" Nor is there a folder {path.parent}."
+    near = difflib.get_close_matches(path.name, [f.name for f in path.parent.iterdir()], 3)
+    return f" Did you mean {' or '.join(str(path.parent / n) for n in near)}?" if near else f" In {path.parent} nothing has a similar name."
+
+
+def _hf_files(folder: Path) -> list[Path]:
+    kept = [f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".jinja") or f.name == "tokenizer.model"]
+    return sorted(kept + [f for f in [folder / "1_Pooling" / "config.json"] if f.is_file()])
+
+
+def _fingerprint(path: Path) -> str:
+    stat = os.stat(path)
+    return _fingerprint_of(os.path.realpath(path), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _fingerprint_of(path: str, size: int, changed: int) -> str:
+    del changed  # part of the cache key
+    if size < WHOLE_FILE:
+        return file_hash(path)
+    with open(path, "rb") as f:
+        parts = [f.read(1 << 20)]
+        for i in range(64):
+            f.seek(i * (size - (1 << 16)) // 63)
+            parts.append(f.read(1 << 16))
+    return content_hash(str(size), *parts, size=64)
+
+
+# -------------------------------------------------------------------------------------------------------------------------- hub
+def _hub(name: str, fetch: bool, say: Callable[[str], None]) -> Path:
+    """The snapshot folder of a hub repository, from the local cache or downloaded."""
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    download = functools.partial(huggingface_hub.snapshot_download, name, allow_patterns=PATTERNS, ignore_patterns=IGNORED)
+    try:
+        folder = Path(download(local_files_only=True))
+        if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
+            return folder
+    except errors.HFValidationError:
+        raise UserError(f"{name!r} is neither a path here, nor an embedded model ({', '.join(assets.ASSETS)}), nor a hub id "
+                        f"(owner/name).{_suggest(name)}") from None
+    except (errors.LocalEntryNotFoundError, OSError):
+        pass
+    if not fetch:
+        raise _not_found(name, "It was not asked to download anything.")
+    if constants.HF_HUB_OFFLINE:
+        raise _not_found(name, "HF_HUB_OFFLINE is set, so the hub was not asked.")
+    if not _reachable(constants.ENDPOINT):
+        raise _not_found(name, f"The hub ({constants.ENDPOINT}) does not answer from this machine.")
+    say(f"Downloading {name} from the hub …")
+    try:
+        folder = Path(download())
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as e:
+        raise _not_found(name, _explain(name, e)) from None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{name} on the hub has no config.json, so it is no model in the transformers format. {_listing(folder)}")
+    _check_folder(folder)
+    return folder
+
+
+def _explain(name: str, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return (f"The hub refused it (403): the model is gated. Accept its licence at the model's page while logged in, then set HF_TOKEN to a token of "
+                f"that account (or run `hf auth login`).")
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
+        return ("The hub knows no such model, or it is private (401): check the spelling, and for a private or gated model set HF_TOKEN "
+                "(or run `hf auth login`).")
+    first = str(error).strip().splitlines() or [type(error).__name__]
+    return f"The download failed: {first[0][:300]}"
+
+
+def _not_found(name: str, why: str) -> UserError:
+    from huggingface_hub import constants
+
+    return UserError(
+        f"Model {name!r} cannot be found. {why}\n"
+        f"Looked for: a path {name} here; an embedded model ({', '.join(assets.ASSETS)}); the hub cache {constants.HF_HUB_CACHE}.{_suggest(name)}\n"
+        f"Ways out: give a folder (config.json, *.safetensors, tokenizer.json) or a .gguf file; or take an embedded model "
+        f"(`python -m isara_jax.fetch smollm2-135m-instruct`); or run `hf download {name}` on a machine with a network and set HF_HOME "
+        f"to a copy of its cache.")
+
+
+def _suggest(name: str) -> str:
+    plain = re.sub(r"^.*/", "", name).lower()
+    near = difflib.get_close_matches(plain, [*assets.ASSETS, "tiny-random"], 1, 0.7)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether the hub answers at all within `PROBE_SECONDS`; its own client would try for most of a minute. Proxies are honoured."""
+    answers: list[bool] = []
+
+    def probe() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
+            answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)  # an answer, whatever it says
+        except (OSError, ValueError) as e:
+            answers.append("CERTIFICATE" in str(e))  # somebody is there; the hub's client may know the authority
+
+    thread = threading.Thread(target=probe, daemon=True)  # looking up a name has no time limit of its own
+    thread.start()
+    thread.join(PROBE_SECONDS + 1)
+    return bool(answers and answers[0])

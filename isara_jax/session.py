@@ -1,0 +1,173 @@
+"""Everything about a run that is known before weights are read: seeds checked and split, limits, prompts, identity, plan."""
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+from isara_jax import preflight
+from isara_jax.common import UserError
+from isara_jax.config import Config
+from isara_jax.console import Console
+from isara_jax.data import filters, prompts, seeds
+from isara_jax.data.batching import Example
+from isara_jax.data.pool import Pool, Record, pair_id
+from isara_jax.data.prompts import Template
+from isara_jax.lm import Blueprint
+from isara_jax.methods import isara
+from isara_jax.methods.setting import Limits, Setting
+from isara_jax.models.config import ModelConfig
+from isara_jax.retrieval.embed import Embedder
+from isara_jax.retrieval.store import VectorStore
+from isara_jax.workdir import Workdir
+
+METHODS = {"isara": isara}
+
+
+@dataclass(frozen=True)
+class Session:
+    """A checked run, ready for its weights."""
+
+    config: Config
+    blueprint: Blueprint
+    dtype: str
+    workdir: Workdir
+    console: Console
+    seed_set: seeds.SeedSet
+    train_seeds: tuple[Record, ...]
+    held_out: tuple[seeds.Seed, ...]
+    template: Template
+    limits: Limits
+    embedder: Embedder
+
+    @property
+    def method(self) -> Any:
+        """The module that holds the method's own steps."""
+        return METHODS[self.config.method]
+
+    @property
+    def cfg(self) -> ModelConfig:
+        return self.blueprint.cfg
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What the config alone does not say and the result depends on: part of the run's identity."""
+        return {"model": self.blueprint.source.content_hash(), "encoder": self.embedder.hash, "seeds": self.seed_set.hash,
+                "template": self.template.hash, "tokenizer": self.blueprint.tokenizer.hash, "dtype": self.dtype,
+                "context": self.blueprint.context, "question_tokens": self.limits.question, "answer_tokens": self.limits.answer}
+
+    def setting(self, *, keep_vectors: bool = True) -> Setting:
+        """The run as its method sees it."""
+        vectors = VectorStore(self.workdir.root / "vectors" if keep_vectors else None, self.embedder)
+        return Setting(self.config, self.blueprint.tokenizer, self.template, self.blueprint.context, self.limits, Pool(self.workdir.pool),
+                       tuple(s.question for s in self.held_out), vectors, self.workdir.iteration, self.console.note)
+
+    def example(self, question: str, answer: str) -> Example:
+        """A pair as the model is trained and scored on it: the answer and its EOS are supervised, the prompt is not."""
+        prompt, continuation = self.blueprint.tokenizer.encode_pair(self.template.training_segments(question), self.template.continuation(answer))
+        return Example(tuple(prompt) + tuple(continuation) + (self.blueprint.tokenizer.eos_id,), len(prompt))
+
+
+def open_session(blueprint: Blueprint, seed_set: seeds.SeedSet, config: Config, workdir: Workdir, console: Console, dtype: str) -> Session:
+    """Check the seeds against the model, split them, derive the limits. Nothing is written."""
+    tokenizer = blueprint.tokenizer
+    if tokenizer.eos_id is None:
+        raise UserError(f"the tokenizer of {blueprint.source.name} has no end-of-sequence token, so answers could not learn to end. "
+                        "Name it as eos_token in its tokenizer_config.json.")
+    if config.model.form == "chat" and tokenizer.chat_template is None:
+        raise UserError(f"config.model.form='chat', but {blueprint.source.name} ships no chat template. Set --config.model.form=plain.")
+    template = Template(config.model.form, config.prompt.question_marker, config.prompt.answer_marker, config.prompt.order,
+                        tokenizer.render_chat if config.model.form == "chat" else None)
+    train, held_out = seeds.split_holdout(seed_set.pairs, config.data.holdout)
+    session = Session(config, blueprint, dtype, workdir, console, seed_set, tuple(map(_record, train)), tuple(held_out), template,
+                      _limits(config, seed_set.pairs, tokenizer), Embedder.from_source(config.retrieval.encoder))
+    _check_lengths(session)
+    return session
+
+
+def report_seeds(session: Session) -> None:
+    """Say what the seeds are, what is held out, what the filters would make of them."""
+    console, pairs, config = session.console, session.seed_set.pairs, session.config
+    for warning in (*session.seed_set.warnings, *prompts.marker_warnings(pairs, session.template)):
+        console.warn(warning)
+    origin = lambda field: ", ".join(sorted({getattr(s, field) for s in pairs}))
+    console.note(f"{len(pairs)} seed pairs ({session.seed_set.path}): author {origin('author')}; source {origin('source')}; licence {origin('licence')}")
+    if session.held_out:
+        console.note(f"{len(session.held_out)} of them are held out: never retrieved, never trained on; they measure the held-out loss")
+    else:
+        console.note("nothing is held out (fewer than 8 seeds, or data.holdout=0): no held-out loss, and the number of iterations is fixed")
+    if config.retrieval.k > len(session.train_seeds):
+        console.warn(f"retrieval.k={config.retrieval.k} is more than the {len(session.train_seeds)} seeds to retrieve from: prompts hold all of them")
+    for kind in ("question", "answer"):
+        shares = filters.seed_shares(pairs, kind, config.filters)
+        said = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        console.note(f"share of the seeds each {kind} filter would reject: {said}")
+        for name, share in shares.items():
+            if share > 0.1:
+                console.warn(f"the {kind} filter {name} would reject {share:.0%} of your own seeds: loosen it (config.filters) or drop it from filters.{kind}")
+
+
+def start_pool(session: Session) -> None:
+    """Write the seeds as the pool's first segment; an existing one must be the same."""
+    Pool(session.workdir.pool).append(0, list(session.train_seeds))
+
+
+# ----------------------------------------------------------------------------------------------------------------------- plan
+@dataclass(frozen=True)
+class Plan:
+    """An estimate, before anything is generated, of one iteration and of the whole run."""
+
+    requests: int
+    prompt_tokens: float           # mean tokens of a question prompt
+    prefilled: int                 # tokens, in one iteration
+    generated: int
+    trained: int                   # in the last iteration
+    minutes: float                 # of all iterations
+
+
+def make_plan(session: Session, rows: Sequence[dict[str, Any]], gflops: float) -> Plan:
+    """The plan from a sample of question prompts `rows` and the measured speed of the machine in GFLOP/s.
+
+    Assumes that a generated pair is as long as a seed and that two thirds of the requests are kept (both measured on small models).
+    """
+    config, tokenizer = session.config, session.blueprint.tokenizer
+    n, iterations = config.generate.requests, config.stop.iterations
+    prompt = statistics.mean(len(tokenizer.encode_segments(r["segments"])) for r in rows)
+    examples = [session.example(s.question, s.answer) for s in session.seed_set.pairs]
+    question = statistics.mean(e.prompt_length for e in examples)
+    answer = statistics.mean(len(e.tokens) - e.prompt_length for e in examples)
+    kept = 2 / 3 * n
+    prefilled, generated = int(n * prompt + kept * (prompt + question)), int(n * question + kept * answer)
+    pairs = [len(session.train_seeds) + (t * kept if config.sft.data == "seeds_accumulated" else kept) for t in range(1, iterations + 1)]
+    trained = [int(p * (question + answer) * config.sft.epochs) for p in pairs]
+    flops = 2 * session.cfg.n_params * (iterations * (prefilled + generated) + 3 * sum(trained))
+    return Plan(n, prompt, prefilled, generated, trained[-1], flops / (gflops * 1e9) / 60 / preflight.SHARE_OF_PEAK)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- pieces
+def _record(seed: seeds.Seed) -> Record:
+    return Record(id=pair_id(seed.question, seed.answer), question=seed.question, answer=seed.answer, iteration=0, origin="seed",
+                  question_exemplars=(), answer_exemplars=(), template="", sampling={}, address={}, filters={}, author=seed.author,
+                  source=seed.source, licence=seed.licence)
+
+
+def _limits(config: Config, pairs: Sequence[seeds.Seed], tokenizer: Any) -> Limits:
+    """Most new tokens: as configured, else a quarter more than the longest seed, in steps of 8."""
+    longest = lambda texts: max(len(tokenizer.encode(" " + t)) for t in texts) + 1  # and the end of the text
+    derive = lambda texts: 8 * math.ceil(1.25 * longest(texts) / 8)
+    return Limits(config.generate.question.max_new_tokens or derive([s.question for s in pairs]),
+                  config.generate.answer.max_new_tokens or derive([s.answer for s in pairs]))
+
+
+def _check_lengths(session: Session) -> None:
+    context = session.blueprint.context
+    long = [(s, n) for s in session.seed_set.pairs if (n := len(session.example(s.question, s.answer).tokens)) > context]
+    if long:
+        shown = "; ".join(f"row {s.row} has {n} tokens" for s, n in long[:10])
+        raise UserError(f"{session.seed_set.path}: {len(long)} pair(s) are longer than the {context} tokens this model takes: {shown}. "
+                        "Shorten or remove them.")
+    for name in ("question", "answer"):
+        if getattr(session.limits, name) >= context:
+            raise UserError(f"config.generate.{name}.max_new_tokens is {getattr(session.limits, name)} (0 derives it from the longest seed), which "
+                            f"leaves no room for a prompt in the {context} tokens this model takes. Set a smaller one.")
