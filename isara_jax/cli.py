@@ -1,19 +1,20 @@
 """The command line of every entry point that takes a config: `--config=FILE[:ARG] --config.section.field=VALUE --workdir=DIR`.
 
-Every mistake is one line and exit status 2. Built on absl flags and ml_collections' config flags, whose raw tracebacks are turned into lines.
+Built on absl flags and ml_collections. Config files are run here instead of by ml_collections, so that every mistake, in the file or on
+the command line, is one message with its place, and exit status 2. Imports no jax.
 """
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from isara_jax import config as config_lib
 from isara_jax.common import UserError
@@ -41,67 +42,138 @@ def main(run: Callable[[Args], None], argv: Sequence[str] | None = None) -> None
 
 
 def parse(argv: Sequence[str]) -> Args:
-    """The checked config and the run's own flags. Raises `UserError`."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Config file, for example configs/quickstart.py.", flag_values=values)
-    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "Show three prompts and the plan; generate nothing.", flag_values=values)
-    argv = [_located(a) for a in argv]
-    if "--help" in argv or "-h" in argv:
-        print("usage: python -m isara_jax.train --config=FILE --workdir=DIR [--config.section.field=VALUE …] [--dry_run]\n\nfields of a config:\n  "
-              + "\n  ".join(_leaves(config_lib.to_dict(config_lib.Config()))))
+    """The checked config and the run's own flags. Raises `UserError`; exits after `--help`."""
+    if any(a.lstrip("-") in ("help", "h") and a.startswith("-") for a in argv):
+        print(usage())
         raise SystemExit(0)
-    if not any(a.startswith("--config=") or a == "--config" for a in argv):
-        raise UserError(f"--config is missing: name a config file, for example --config=configs/quickstart.py (there are {', '.join(_packaged())}).")
-    ours, sys.argv = sys.argv, ["isara_jax", *argv]  # ml_collections finds the overrides of a config in sys.argv alone
+    name, rest = _split_config(argv)
+    for key in _overrides(rest):
+        _check_key(key)
+    given = ["isara_jax", *rest]
+    values = flags.FlagValues()
     try:
-        rest = values(sys.argv)[1:]
-        config = config_lib.from_dict(values.config)
-    except UserError:
-        raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError, NameError) as e:
-        raise UserError(_said(e, argv)) from None
-    finally:
-        sys.argv = ours
-    if rest:
-        raise UserError(f"{rest[0]!r} is not a flag; flags have the form --name=VALUE.")
+        config_flags.DEFINE_config_dict("config", load(name), flag_values=values, sys_argv=given)
+        flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+        flags.DEFINE_bool("dry_run", False, "Show three prompts and the plan; generate nothing.", flag_values=values)
+        surplus = values(given)[1:]
+    except (flags.Error, TypeError, ValueError) as e:
+        raise UserError(_said(e)) from None
+    if surplus:
+        raise UserError(f"{surplus[0]!r} is not a flag; flags have the form --name=VALUE.")
+    config = config_lib.from_dict(values.config)
     if not values.workdir:
         raise UserError("--workdir is missing: name the folder of the run, for example --workdir=runs/first.")
     return Args(config, values.workdir, values.dry_run)
 
 
-def _said(e: Exception, argv: Sequence[str]) -> str:
-    """One line for what absl or ml_collections stumbled over."""
-    text = " ".join(str(e).split())
+def usage() -> str:
+    """What `--help` prints: the flags, the configs that are installed, every field with its default."""
+    return "\n".join(["usage: python -m isara_jax.train --config=FILE --workdir=DIR [--config.section.field=VALUE …] [--dry_run]", "",
+                      f"configs that ship with the package: {', '.join(_packaged())}", "", "fields and defaults (their meaning: isara_jax/config.py):",
+                      *(f"  --config.{key}={value}" for key, value in _leaves(config_lib.to_dict(config_lib.Config())))])
+
+
+# ------------------------------------------------------------------------------------------------------------------- overrides
+def _split_config(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The value of --config (`--config=X` or `--config X`; the last one counts) and the other arguments."""
+    name, rest, arguments = None, [], iter(argv)
+    for a in arguments:
+        if re.fullmatch(r"--?config(=.*)?", a, re.DOTALL):
+            name = a.partition("=")[2] if "=" in a else next(arguments, "")
+        else:
+            rest.append(a)
+    if not name:
+        raise UserError(f"--config is missing: name a config file, for example --config=configs/quickstart.py (there are {', '.join(_packaged())}).")
+    return name, rest
+
+
+def _overrides(argv: Sequence[str]) -> Iterator[str]:
     for a in argv:
-        if found := re.match(r"--(?:no)?config\.([\w.]+)", a):
-            try:
-                _check_key(found[1])
-            except UserError as unknown:
-                return str(unknown)
-    if isinstance(e, (ImportError, SyntaxError, NameError)):
-        return f"the config file does not run: {type(e).__name__}: {text}"
-    return text[:1].lower() + text[1:]
+        if found := re.match(r"--?(?:no)?config\.([^=]*)", a):
+            yield found[1]
 
 
 def _check_key(key: str) -> None:
-    known = _leaves(config_lib.to_dict(config_lib.Config()))
+    known = [k for k, _ in _leaves(config_lib.to_dict(config_lib.Config()))]
     if key in known:
         return
-    if any(k.startswith(key + ".") for k in known):
-        raise UserError(f"--config.{key} is a section; set one of its fields: {', '.join(k for k in known if k.startswith(key + '.'))}.")
-    near = difflib.get_close_matches(key, known, 1) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
-    raise UserError(f"--config.{key} does not exist." + (f" Did you mean --config.{near[0]}?" if near else " Run with --help to see all fields."))
+    if inside := [k for k in known if k.startswith(key + ".")]:
+        raise UserError(f"--config.{key} is a section; set one of its fields: {', '.join(inside)}.")
+    near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]] or difflib.get_close_matches(key, known, 1)
+    raise UserError(f"--config.{key} does not exist. " + (f"Did you mean --config.{near[0]}?" if near else "--help lists all fields."))
 
 
-def _leaves(tree: dict, path: str = "") -> list[str]:
-    out = []
+def _leaves(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
+    found = []
     for key, value in tree.items():
-        out += _leaves(value, f"{path}{key}.") if isinstance(value, dict) else [path + key]
-    return out
+        found += _leaves(value, f"{path}{key}.") if isinstance(value, dict) else [(path + key, value)]
+    return found
+
+
+def _said(e: Exception) -> str:
+    """One line for what absl or ml_collections stumbled over."""
+    text = " ".join(str(e).split())
+    if found := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
+        default = dict(_leaves(config_lib.to_dict(config_lib.Config()))).get(found[1])
+        return f"--config.{found[1]}={found[2]} has the wrong type: {type(default).__name__} is needed, like its default {default!r}."
+    return text[:1].lower() + text[1:].replace(" ?", "?")
 
 
 # --------------------------------------------------------------------------------------------------------------- config files
+def load(name: str) -> ConfigDict:
+    """The complete config of `FILE[:ARG]`: what `get_config(ARG)` returns, with defaults for the fields it leaves out.
+
+    FILE is a path, or the name of a config of the package when no such file is here. Raises `UserError` naming file and line.
+    """
+    file, colon, argument = name.partition(":")
+    path = locate(file)
+    namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), namespace)  # leaves no __pycache__ beside the file
+        if not callable(namespace.get("get_config")):
+            raise UserError(f"{path}: it has no get_config(). A config file starts from isara_jax.config.defaults(); see configs/tiny.py.")
+        returned = namespace["get_config"](*[argument] if colon else [])
+    except UserError:
+        raise
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}.") from None
+    except Exception as e:  # a config file is a person's program: whatever it raises is theirs to mend
+        raise UserError(_place(path, e)) from None
+    return _complete(path, returned)
+
+
+def _complete(path: Path, returned: Any) -> ConfigDict:
+    """`returned` itself when it was made from `defaults()` (its references live on), else its fields set in the defaults."""
+    if not isinstance(returned, (dict, ConfigDict)):
+        raise UserError(f"{path}: get_config() returned {returned!r}. It must return the config that it made from isara_jax.config.defaults().")
+    checked = config_lib.to_dict(config_lib.from_dict(returned))
+    full = config_lib.defaults()
+    if isinstance(returned, ConfigDict) and _keys(returned.to_dict()) == _keys(full.to_dict()):
+        return returned
+    for key, value in _leaves(checked):
+        full.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+    return full
+
+
+def _keys(tree: dict[str, Any]) -> list[str]:
+    return sorted(key for key, _ in _leaves(tree))
+
+
+def _place(path: Path, e: Exception) -> str:
+    """FILE, line N: what a config file raised."""
+    lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
+    line = e.lineno if isinstance(e, SyntaxError) and e.filename == str(path) else lines[-1] if lines else None
+    where = f"{path}, line {line}" if line else str(path)
+    if isinstance(e, AttributeError) and (unknown := re.search(r'Key \\?"(\w+)\\?" does not exist', str(e))):
+        known = {part for key, _ in _leaves(config_lib.to_dict(config_lib.Config())) for part in key.split(".")}
+        near = difflib.get_close_matches(unknown[1], known, 1)
+        return f"{where}: there is no field {unknown[1]!r} in this section. " + (f"Did you mean {near[0]!r}?" if near else "--help lists all fields.")
+    if isinstance(e, TypeError) and not lines:
+        return f"{path}: get_config() cannot be called like this: {e}. --config=FILE calls get_config(), --config=FILE:ARG calls get_config('ARG')."
+    said = e.msg if isinstance(e, SyntaxError) else " ".join(str(e).split())
+    return f"{where}: the config file does not run: {type(e).__name__}: {said}"
+
+
 def config_folder() -> Path:
     """The configs that ship with the package: installed as isara_jax.configs, or beside the package in a checkout."""
     inside = Path(__file__).parent / "configs"
@@ -112,16 +184,15 @@ def _packaged() -> list[str]:
     return sorted(f"configs/{p.name}" for p in config_folder().glob("*.py") if p.name != "__init__.py")
 
 
-def _located(argument: str) -> str:
-    """`--config=FILE[:ARG]` with FILE found here, or in the package under its name, so that it works from any folder."""
-    if not argument.startswith("--config="):
-        return argument
-    name, colon, arg = argument.removeprefix("--config=").partition(":")
-    if not os.path.isfile(name):
-        packaged = config_folder() / (Path(name).name if name.endswith(".py") else Path(name).name + ".py")
-        if Path(name).parent.as_posix() not in (".", "configs") or not packaged.is_file() or packaged.name == "__init__.py":
-            near = difflib.get_close_matches(Path(name).name, [Path(p).name for p in _packaged()], 1)
-            hint = f"Did you mean configs/{near[0]}?" if near else f"There are {', '.join(_packaged())}."
-            raise UserError(f"--config={name}: no such file here or among the installed configs. {hint}")
-        name = str(packaged)
-    return f"--config={name}{colon}{arg}"
+def locate(file: str) -> Path:
+    """The config file `file`: a path, else a config of the package (configs/x.py, x.py or x), so that commands work from any folder."""
+    path = Path(file)
+    if path.is_file():
+        return path
+    name = path.name.removesuffix(".py") + ".py"
+    if path.parent.as_posix() in (".", "configs") and f"configs/{name}" in _packaged():
+        return config_folder() / name
+    beside = sorted(str(p) for p in path.parent.glob("*.py") if p.name != "__init__.py") if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), beside, 1) or difflib.get_close_matches(f"configs/{name}", _packaged(), 1)
+    hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_packaged())}."
+    raise UserError(f"--config={file}: {'is a folder' if path.is_dir() else 'no such file here or among the installed configs'}. {hint}")

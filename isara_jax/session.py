@@ -72,6 +72,7 @@ class Session:
 def open_session(blueprint: Blueprint, seed_set: seeds.SeedSet, config: Config, workdir: Workdir, console: Console, dtype: str) -> Session:
     """Check the seeds against the model, split them, derive the limits. Nothing is written."""
     tokenizer = blueprint.tokenizer
+    filters.check_names(config.filters)
     if tokenizer.eos_id is None:
         raise UserError(f"the tokenizer of {blueprint.source.name} has no end-of-sequence token, so answers could not learn to end. "
                         "Name it as eos_token in its tokenizer_config.json.")
@@ -102,7 +103,7 @@ def report_seeds(session: Session) -> None:
     for kind in ("question", "answer"):
         shares = filters.seed_shares(pairs, kind, config.filters)
         said = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        console.note(f"share of the seeds each {kind} filter would reject: {said}")
+        console.note(f"share of the seeds each {kind} filter would reject: {said or 'none of them looks at the text alone'}")
         for name, share in shares.items():
             if share > 0.1:
                 console.warn(f"the {kind} filter {name} would reject {share:.0%} of your own seeds: loosen it (config.filters) or drop it from filters.{kind}")
@@ -148,8 +149,7 @@ def make_plan(session: Session, rows: Sequence[dict[str, Any]], gflops: float) -
 # ---------------------------------------------------------------------------------------------------------------------- pieces
 def _record(seed: seeds.Seed) -> Record:
     return Record(id=pair_id(seed.question, seed.answer), question=seed.question, answer=seed.answer, iteration=0, origin="seed",
-                  question_exemplars=(), answer_exemplars=(), template="", sampling={}, address={}, filters={}, author=seed.author,
-                  source=seed.source, licence=seed.licence)
+                  author=seed.author, source=seed.source, licence=seed.licence)
 
 
 def _limits(config: Config, pairs: Sequence[seeds.Seed], tokenizer: Any) -> Limits:

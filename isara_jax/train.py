@@ -86,7 +86,7 @@ def run(session: Session, lm: lm_lib.LM) -> Run:
     setting, rule = session.setting(), StopRule.of(config.stop)
     checkpoints = Checkpoints(workdir.checkpoints, keep=config.keep)
     with MetricsWriter(workdir.root) as metrics:
-        ledger = Ledger(metrics, console)
+        ledger = Ledger(metrics)
         current = Current(lm, checkpoints)
 
         before = finished(workdir.iteration(0)) or finish(workdir.iteration(0), measure(session, ledger, current.lm(0), 0), metrics)

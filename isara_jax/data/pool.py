@@ -45,6 +45,19 @@ class Record:
         if self.origin not in ("seed", "generated"):
             raise ValueError(f"origin={self.origin!r} is neither seed nor generated")
 
+    def to_row(self) -> dict[str, Any]:
+        """The record as a JSON object; scores are rounded to 6 digits."""
+        row = dataclasses.asdict(self)
+        for verdict in row["filters"].values():
+            if verdict.get("score") is not None:
+                verdict["score"] = round(float(verdict["score"]), DIGITS)
+        return row
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Record:
+        """The record that `to_row` wrote."""
+        return cls(**row | {name: tuple(row[name]) for name in ("question_exemplars", "answer_exemplars")})
+
 
 def pair_id(question: str, answer: str) -> str:
     """The id of a pair: a hash of its content, 16 hex digits."""
@@ -71,7 +84,7 @@ class Pool:
             if record.iteration != iteration or record.id in known:
                 raise ValueError(f"record {record.id} of iteration {record.iteration} in segment {iteration}: another iteration or an id twice")
             known.add(record.id)
-        data = "".join(dump_line(_to_row(r)) for r in records).encode()
+        data = "".join(dump_line(r.to_row()) for r in records).encode()
         segment, marker = self._paths(iteration)
         if iteration <= last:
             if self._read(iteration) != data:
@@ -84,11 +97,12 @@ class Pool:
         """All records up to and with an iteration, in order. Raises `UserError` for a damaged segment, ValueError for one not written yet."""
         if iteration > self.last():
             raise ValueError(f"segment {iteration} is not written yet: the last one is {self.last()}")
-        return [_from_row(json.loads(line)) for t in range(iteration + 1) for line in self._read(t).split(b"\n")[:-1]]
+        return [Record.from_row(json.loads(line)) for t in range(iteration + 1) for line in self._read(t).split(b"\n")[:-1]]
 
     def last(self) -> int:
         """The last finished iteration, 0 for the seeds; -1 when there is none."""
-        done = {int(path.name[:-len(".done")].removesuffix("-seeds")) for path in self.folder.glob("[0-9]*.done")}
+        names = (path.stem.removesuffix("-seeds") for path in self.folder.glob("*.done"))
+        done = {int(name) for name in names if name.isdecimal()}
         for missing in sorted(set(range(max(done, default=-1))) - done):
             raise UserError(f"{self._paths(missing)[1]} is missing, but later segments are there. Restore it or start with another --workdir.")
         return max(done, default=-1)
@@ -116,15 +130,3 @@ class Pool:
             raise UserError(f"{segment} was changed or damaged after it was written ({data.count(bytes([10]))} rows, {rows} expected, other "
                             "SHA-256). Restore it or start with another --workdir.")
         return data
-
-
-def _to_row(record: Record) -> dict[str, Any]:
-    row = dataclasses.asdict(record)
-    for verdict in row["filters"].values():
-        if verdict.get("score") is not None:
-            verdict["score"] = round(float(verdict["score"]), DIGITS)
-    return row
-
-
-def _from_row(row: dict[str, Any]) -> Record:
-    return Record(**row | {name: tuple(row[name]) for name in ("question_exemplars", "answer_exemplars")})

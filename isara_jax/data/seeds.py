@@ -43,7 +43,7 @@ class Seed:
 
 @dataclass(frozen=True)
 class SeedSet:
-    """Checked pairs in file order. `hash` identifies their content, wherever the file lies; `warnings` are for the person."""
+    """Checked pairs in file order. `path` is as it was given, `hash` identifies the content wherever it lies, `warnings` are for people."""
 
     pairs: tuple[Seed, ...]
     path: str
@@ -57,7 +57,7 @@ def load_seeds(data: config.Data) -> SeedSet:
 
     Raises one `UserError` that names the file and up to ten problems by row: see `_pair` and `_duplicates` for what is refused.
     """
-    return _check(read_table(_locate(data.seeds)), data)
+    return _check(read_table(_locate(data.seeds)), data, data.seeds)
 
 
 def from_pairs(pairs: Iterable[Any], data: config.Data) -> SeedSet:
@@ -65,13 +65,14 @@ def from_pairs(pairs: Iterable[Any], data: config.Data) -> SeedSet:
     rows = []
     for number, pair in enumerate(pairs, 1):
         if isinstance(pair, dict):
-            rows.append(Row(number, pair))
+            rows.append(Row(number, {str(key): value for key, value in pair.items()}))
         elif isinstance(pair, (tuple, list)) and len(pair) == 2:
             rows.append(Row(number, {data.question or "question": pair[0], data.answer or "answer": pair[1]}))
         else:
             rows.append(Row(number, None, f"must be (question, answer) or a dict with these keys, but is {short(pair)}"))
     columns = dict.fromkeys(column for row in rows for column in row.values or ())
-    return _check(Table(Path("the pairs given"), "item", tuple(columns), tuple(rows)), data)
+    name = "the pairs given"
+    return _check(Table(Path(name), "item", tuple(columns), tuple(rows)), data, name)
 
 
 def _locate(name: str) -> Path:
@@ -100,7 +101,7 @@ def built_in() -> dict[str, Path]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- checking
-def _check(table: Table, data: config.Data) -> SeedSet:
+def _check(table: Table, data: config.Data, name: str) -> SeedSet:
     rows = table.rows[:data.limit or None]
     if not rows:
         raise UserError(f"{table.path} holds no pairs{' below its header' if table.columns else ''}. Add at least one question and answer.")
@@ -124,7 +125,7 @@ def _check(table: Table, data: config.Data) -> SeedSet:
     if problems:
         raise UserError(_message(table, problems))
     warnings += _warnings(table, pairs)
-    return SeedSet(tuple(pairs), str(table.path), _hash(pairs), tuple(warnings))
+    return SeedSet(tuple(pairs), name, _hash(pairs), tuple(warnings))
 
 
 def _hash(pairs: Sequence[Seed]) -> str:
@@ -166,11 +167,11 @@ def _near(columns: Sequence[str], wanted: Iterable[str]) -> str | None:
 def _pair(row: Row, names: dict[str, str], extra: dict[str, str | None], data: config.Data) -> Seed | str:
     """The pair in a row, or what is wrong with it: a value that is missing, empty, no text or no Unicode, or a pair too long.
 
-    A non-empty `input` beside an `instruction` (Alpaca's columns) goes on its own line after the instruction.
+    A non-empty `input` (Alpaca) or `context` (Dolly) beside an `instruction` goes on its own line after the instruction.
     """
     columns = list(names.items())
-    joined = _first(row.values, ["input"]) if names["question"].strip().casefold() == "instruction" else None
-    if joined not in (None, names["answer"]) and row.values[joined] not in (None, ""):
+    joined = _first(row.values, ("input", "context")) if names["question"].strip().casefold() == "instruction" else None
+    if joined not in (None, names["answer"]) and str(row.values[joined] or "").strip():
         columns.append(("input", joined))
     texts = {}
     for kind, column in columns:
@@ -185,8 +186,8 @@ def _pair(row: Row, names: dict[str, str], extra: dict[str, str | None], data: c
     question, answer = "\n".join(filter(None, (texts["question"], texts.get("input")))), texts["answer"]
     if len(question) + len(answer) >= MAX_CHARACTERS:
         return f"the pair has {len(question) + len(answer):,} characters, and {MAX_CHARACTERS:,} are too many: {short(question)}"
-    known = [str(row.values.get(extra[kind]) or "").strip() or getattr(data, kind) or "unknown" for kind in PROVENANCE]
-    return Seed(question, answer, *known, row.number)
+    said = [" ".join(str(row.values.get(extra[kind]) or "").encode("utf-8", "replace").decode().split()) for kind in PROVENANCE]
+    return Seed(question, answer, *(s or getattr(data, kind) or "unknown" for s, kind in zip(said, PROVENANCE)), row.number)
 
 
 def normalise(text: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Iterable, Sequence
 
 import jinja2
+import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -33,7 +34,7 @@ class _Splits:
     def encode_pair(self, prompt: str | Segments, continuation: str) -> tuple[list[int], list[int]]:
         """(prompt ids, continuation ids), split as lm-evaluation-harness does.
 
-        Spaces at the end of the prompt move to the continuation; both are encoded together and cut at the length of the prompt alone.
+        White space at the end of the prompt moves to the continuation; both are encoded together and cut at the length of the prompt alone.
         After a template segment the continuation is encoded apart.
         """
         segments = [(prompt, False)] if isinstance(prompt, str) else list(prompt)
@@ -41,7 +42,7 @@ class _Splits:
         head = self.encode_segments(segments[:-1])
         if is_template:
             return head + self._ids(text, True), self._ids(continuation, False)
-        kept = text.rstrip(" ")
+        kept = text.rstrip()
         alone = self._ids(kept, False)
         whole = self._ids(text + continuation, False)
         return head + alone, whole[len(alone):]
@@ -60,7 +61,7 @@ class Tokenizer(_Splits):
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, eos: str | None, bos: str | None, chat_template: str | None, stop_ids: Iterable[int] = (),
-                 name: str = ""):
+                 adds_bos: bool | None = None, name: str = ""):
         backend.no_padding()
         backend.no_truncation()
         self._backend, self._name = backend, name
@@ -68,7 +69,9 @@ class Tokenizer(_Splits):
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.eos_id = backend.token_to_id(eos) if eos else None
         self.bos_id = backend.token_to_id(bos) if bos else None
-        self.adds_bos = self.bos_id is not None and backend.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
+        if adds_bos is None:  # nobody says: what the backend itself does
+            adds_bos = backend.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
+        self.adds_bos = self.bos_id is not None and adds_bos
         self.stop_ids = frozenset(stop_ids) | ({self.eos_id} if self.eos_id is not None else set())
         self.chat_template = chat_template
 
@@ -124,6 +127,16 @@ class ByteTokenizer(_Splits):
         raise UserError("the byte tokenizer has no chat template: use --config.model.form=plain")
 
 
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for transformers' masks; here it is only its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @functools.lru_cache(maxsize=4)
 def _compiled(template: str) -> jinja2.Template:
     """A chat template in a sandbox. It gets no clock: templates that print a date then fall back to their own fixed one."""
@@ -131,7 +144,8 @@ def _compiled(template: str) -> jinja2.Template:
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                               extensions=["jinja2.ext.loopcontrols", _Generation])
     environment.globals["raise_exception"] = refuse
     environment.filters["tojson"] = lambda x, **kwargs: json.dumps(x, ensure_ascii=False, **kwargs)
     return environment.from_string(template)
@@ -155,9 +169,9 @@ def from_folder(folder: Path) -> Tokenizer:
     template = template_file.read_text(encoding="utf-8") if template_file.exists() else config.get("chat_template")
     if isinstance(template, list):  # several named templates
         template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    ends = generation.get("eos_token_id")
+    ends = (generation or _optional(folder / "config.json")).get("eos_token_id")  # as transformers: without the one, the other's
     return Tokenizer(backend, eos=text(config.get("eos_token")), bos=text(config.get("bos_token")), chat_template=template, name=str(folder),
-                     stop_ids=ends if isinstance(ends, list) else [] if ends is None else [ends])
+                     stop_ids=ends if isinstance(ends, list) else [] if ends is None else [ends], adds_bos=config.get("add_bos_token"))
 
 
 def from_gguf(metadata: Any, file: Path, cache: Path | None = None) -> Tokenizer:
@@ -183,6 +197,8 @@ def from_gguf(metadata: Any, file: Path, cache: Path | None = None) -> Tokenizer
             except OSError:
                 pass  # a cache that cannot be written only costs time
     return Tokenizer(backend, eos=name("tokenizer.ggml.eos_token_id"), bos=name("tokenizer.ggml.bos_token_id"),
+                     stop_ids=[i for key in ("eot", "eom") if (i := metadata(f"tokenizer.ggml.{key}_token_id", -1)) != -1],
+                     adds_bos=metadata("tokenizer.ggml.add_bos_token", False),
                      chat_template=metadata("tokenizer.chat_template", "") or None, name=str(file))
 
 

@@ -10,7 +10,6 @@ What the paper leaves open (k, prompts, thresholds, what is compared) is config;
 """
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Sequence
 
 from isara_jax.common import address
@@ -30,9 +29,9 @@ def expand(s: Setting, t: int, sample: Sampler) -> list[Record]:
     pool, folder = s.pool.snapshot(t - 1), s.iteration_folder(t)
     questions = stage(folder / "questions.jsonl", lambda: ask(s, t, pool, sample))
     answers = stage(folder / "answers.jsonl", lambda: answer(s, t, pool, questions, sample))
-    kept = stage(folder / "kept.jsonl", lambda: [dataclasses.asdict(r) for r in records(s, t, pool, questions, answers)])
+    kept = stage(folder / "kept.jsonl", lambda: [r.to_row() for r in records(s, t, pool, questions, answers)])
     stage(folder / "rejected.jsonl", lambda: rejections(questions, answers))
-    return [Record.from_dict(row) for row in kept]
+    return [Record.from_row(row) for row in kept]
 
 
 def training_pairs(s: Setting, t: int) -> list[Record]:
@@ -67,9 +66,11 @@ def ask(s: Setting, t: int, pool: Sequence[Record], sample: Sampler) -> list[Row
         novelty.add("held-out", tokens(question))
     rows = []
     for request, (row, completion) in enumerate(zip(asked, completions, strict=True)):
-        parsed = parse.parse_question(completion.text, completion.finish, s.template)
-        candidate = filters.Candidate(parsed.text, None, completion.finish, parsed.verdict, row["exemplars"])
-        verdicts = filters.run(s.config.filters.question, candidate, s.config.filters, novelty)
+        parsed = parse.parse(completion.text, s.template)
+        candidate = filters.Candidate(parsed.text, None, completion.finish, parsed.verdict, row["shots"])
+        verdicts = filters.run("question", candidate, s.config.filters, novelty)
+        if verdicts[-1].passed:
+            novelty.add(f"request {request}", tokens(parsed.text))
         rows.append(_row(request, row, completion, verdicts, question=parsed.text))
     return rows
 
@@ -88,9 +89,9 @@ def answer(s: Setting, t: int, pool: Sequence[Record], questions: Sequence[Row],
     completions = sample("answers", _requests(s, "answer", asked))
     out = []
     for question, row, completion in zip(accepted, asked, completions, strict=True):
-        parsed = parse.parse_answer(completion.text, completion.finish, s.template)
-        candidate = filters.Candidate(question["question"], parsed.text, completion.finish, parsed.verdict, row["exemplars"])
-        verdicts = filters.run(s.config.filters.answer, candidate, s.config.filters, None)
+        parsed = parse.parse(completion.text, s.template)
+        candidate = filters.Candidate(question["question"], parsed.text, completion.finish, parsed.verdict, row["shots"])
+        verdicts = filters.run("answer", candidate, s.config.filters)
         out.append(_row(question["request"], row, completion, verdicts, question=question["question"], answer=parsed.text))
     return out
 
@@ -151,10 +152,10 @@ def _with_prompts(s: Setting, rows: Sequence[Row], exemplars: Sequence[list[Reco
     count = lambda segments: len(s.tokenizer.encode_segments(segments))
     out, fewest, cut = [], s.config.retrieval.k, 0
     for row, shots, build in zip(rows, exemplars, builds, strict=True):
-        segments, used = prompts.fit(s.template, shots, build, count, room)
+        segments, used = prompts.fit(shots, build, count, room)
         if len(used) < len(shots):
             fewest, cut = min(fewest, len(used)), cut + 1
-        out.append({**row, "exemplars": [r.id for r in used], "segments": segments})
+        out.append({**row, "exemplars": [r.id for r in used], "shots": tuple(used), "segments": segments})
     if cut:
         s.say(f"k cut from {s.config.retrieval.k} to {fewest} in {cut} of {len(rows)} prompts: {room} tokens is what they may hold")
     return out

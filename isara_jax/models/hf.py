@@ -24,7 +24,9 @@ LAYER_KEYS: dict[ParamPath, str] = {
 OUTER_KEYS: dict[ParamPath, str] = {("embed", "embedding"): "model.embed_tokens.weight", ("norm", "scale"): "model.norm.weight",
                                     ("head", "kernel"): "lm_head.weight"}
 # Fields of a config.json that change the mathematics and have one supported value.
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None, "sliding_window": None, "pretraining_tp": 1}
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None, "partial_rotary_factor": 1.0,
+         "quantization_config": None}
+STORED = ("F64", "F32", "F16", "BF16")  # what becomes float32 without a scale of its own
 
 
 def model_config(folder: Path) -> ModelConfig:
@@ -38,9 +40,13 @@ def model_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path}: model_type {raw.get('model_type')!r}: family not supported yet; supported is llama (Llama, SmolLM2 and others that "
                         "use its layout).")
     rope = raw.get("rope_parameters") or {}
-    problems = [f"{k}={raw[k]!r} (supported: {v!r})" for k, v in FIXED.items() if raw.get(k, v) != v]
-    if rope.get("rope_type", "default") != "default":
-        problems.append(f"rope_type={rope['rope_type']!r} (supported: 'default')")
+    problems = [f"{k}={raw[k]!r} (supported: {v!r})" for k, v in FIXED.items() if (raw.get(k) or v) != v]
+    for name in ("rope_parameters", "rope_scaling"):
+        kind = (raw.get(name) or {}).get("rope_type") or (raw.get(name) or {}).get("type") or "default"
+        if kind != "default":
+            problems.append(f"{name} of type {kind!r} (supported: 'default')")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        problems.append(f"partial_rotary_factor={rope['partial_rotary_factor']!r} (supported: 1.0)")
     if problems:
         raise UserError(f"{path}: not supported yet: {', '.join(problems)}. Running it anyway would give wrong logits.")
     try:
@@ -81,11 +87,13 @@ def load_params(folder: Path, cfg: ModelConfig, place: Place) -> decoder.Params:
             where[name] = file
     ignored = {n for n in where if n.endswith("rotary_emb.inv_freq") or (n == "lm_head.weight" and cfg.tie_embeddings)}
     problems += [f"{n} is missing" for n in wanted if n not in where] + [f"{n} is unexpected" for n in where if n not in wanted and n not in ignored]
-    shapes = {n: tuple(_open(where[n]).get_slice(n).get_shape()) for n in wanted if n in where}
-    for name, shape in shapes.items():
-        ours = _shape(cfg, wanted[name])
-        if shape != (ours[::-1] if wanted[name][-1] == "kernel" else ours):
-            problems.append(f"{name} has shape {list(shape)}, config.json says {list(ours[::-1] if wanted[name][-1] == 'kernel' else ours)}")
+    for name in (n for n in wanted if n in where):
+        stored, shape = _open(where[name]).get_slice(name), _shape(cfg, wanted[name])
+        shape = shape[::-1] if wanted[name][-1] == "kernel" else shape
+        if tuple(stored.get_shape()) != shape:
+            problems.append(f"{name} has shape {stored.get_shape()}, config.json says {list(shape)}")
+        if stored.get_dtype() not in STORED:
+            problems.append(f"{name} is stored as {stored.get_dtype()}; read are {', '.join(STORED)}")
     if problems:
         raise UserError(f"{folder}: the weights do not fit config.json:\n  " + "\n  ".join(problems[:20])
                         + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""))
@@ -110,8 +118,10 @@ def build(items: Iterator[tuple[ParamPath, Any]]) -> decoder.Params:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, or all. Names in an index cannot leave the folder."""
+    """The safetensors files of a folder: model.safetensors, or those its index names, or all. Names in an index cannot leave the folder."""
     index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
     if not index.exists():
         return sorted(folder.glob("*.safetensors"))
     files = []

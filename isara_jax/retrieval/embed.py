@@ -57,15 +57,15 @@ class Embedder:
         rows = [self._tokenize(text) for text in texts]
         self.tokens += sum(map(len, rows))
         out = np.zeros((len(rows), self.dim), np.float32)
-        for members, length in self._batches(rows):
-            tokens, lengths = np.zeros((max(PROGRAM // length, 2), length), np.int32), np.ones(max(PROGRAM // length, 2), np.int32)
+        for members, shape in self._calls(rows):
+            tokens, lengths = np.zeros(shape, np.int32), np.ones(shape[0], np.int32)  # unused rows read one token and are dropped
             for slot, row in enumerate(members):
                 tokens[slot, :len(rows[row])], lengths[slot] = rows[row], len(rows[row])
             out[members] = np.asarray(encoder.encode(self._params, self._cfg, jnp.asarray(tokens), jnp.asarray(lengths)))[:len(members)]
         return out
 
-    def _batches(self, rows: Sequence[list[int]]) -> Iterator[tuple[list[int], int]]:
-        """(indices of rows, length) of each call; the length bucket of a row follows from its own length."""
+    def _calls(self, rows: Sequence[list[int]]) -> Iterator[tuple[list[int], tuple[int, int]]]:
+        """(indices of rows, [rows, tokens] of the program) of each call. The program that a row runs in follows from its own length."""
         buckets: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             length = SHORTEST
@@ -74,7 +74,7 @@ class Embedder:
             buckets.setdefault(min(length, self._cfg.max_positions), []).append(i)
         for length, members in sorted(buckets.items()):
             size = max(PROGRAM // length, 2)
-            yield from ((members[at:at + size], length) for at in range(0, len(members), size))
+            yield from ((members[at:at + size], (size, length)) for at in range(0, len(members), size))
 
 
 def _tokenizer(folder: Path, max_length: int, lower: bool) -> Callable[[str], list[int]]:
