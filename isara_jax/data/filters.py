@@ -44,23 +44,23 @@ class Verdict:
 Filter = Callable[[Candidate, config.Filters, NoveltyIndex | None], Verdict]
 
 
-def parse(c: Candidate, settings: config.Filters, novelty: NoveltyIndex | None) -> Verdict:
+def parse(c: Candidate, settings: config.Filters, accepted: NoveltyIndex | None) -> Verdict:
     """The parser found a text."""
     return Verdict("parse", c.verdict is None)
 
 
-def truncated(c: Candidate, settings: config.Filters, novelty: NoveltyIndex | None) -> Verdict:
+def truncated(c: Candidate, settings: config.Filters, accepted: NoveltyIndex | None) -> Verdict:
     """The text ended by itself, not at the token limit."""
     return Verdict("truncated", c.finish != "length")
 
 
-def min_words(c: Candidate, settings: config.Filters, novelty: NoveltyIndex | None) -> Verdict:
+def min_words(c: Candidate, settings: config.Filters, accepted: NoveltyIndex | None) -> Verdict:
     """At least so many words (5 in the paper); a Han, kana or Thai character counts as one."""
     count = len(tokens(c.text))
     return Verdict("min_words", count >= settings.min_words, count)
 
 
-def ngram_loop(c: Candidate, settings: config.Filters, novelty: NoveltyIndex | None) -> Verdict:
+def ngram_loop(c: Candidate, settings: config.Filters, accepted: NoveltyIndex | None) -> Verdict:
     """No n-gram of words occurs too often (the sign of a looping sampler)."""
     words, n = tokens(c.text), settings.loop_ngram
     grams = collections.Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
@@ -68,7 +68,7 @@ def ngram_loop(c: Candidate, settings: config.Filters, novelty: NoveltyIndex | N
     return Verdict("ngram_loop", most < settings.loop_repeats, most)
 
 
-def exemplar_copy(c: Candidate, settings: config.Filters, novelty: NoveltyIndex | None) -> Verdict:
+def exemplar_copy(c: Candidate, settings: config.Filters, accepted: NoveltyIndex | None) -> Verdict:
     """Not the same words as the question (or answer) of a pair in its own prompt."""
     words = tokens(c.text)
     for pair in c.exemplars:
@@ -77,21 +77,21 @@ def exemplar_copy(c: Candidate, settings: config.Filters, novelty: NoveltyIndex 
     return Verdict("exemplar_copy", True)
 
 
-def echo(c: Candidate, settings: config.Filters, novelty: NoveltyIndex | None) -> Verdict:
+def echo(c: Candidate, settings: config.Filters, accepted: NoveltyIndex | None) -> Verdict:
     """The answer neither equals nor contains its question."""
     question, answer = tokens(c.question), tokens(c.answer or "")
     n = len(question)
     return Verdict("echo", not n or not any(answer[i:i + n] == question for i in range(len(answer) - n + 1)))
 
 
-def is_question(c: Candidate, settings: config.Filters, novelty: NoveltyIndex | None) -> Verdict:
+def is_question(c: Candidate, settings: config.Filters, accepted: NoveltyIndex | None) -> Verdict:
     """Ends with a question mark of some script (optional: instructions are questions of another form)."""
     return Verdict("is_question", c.question.rstrip("\"'”’»)」』 ").endswith(("?", "？", "؟", "\u037e", "፧")))
 
 
-def novelty(c: Candidate, settings: config.Filters, novelty: NoveltyIndex | None) -> Verdict:
+def novelty(c: Candidate, settings: config.Filters, accepted: NoveltyIndex | None) -> Verdict:
     """ROUGE-L F to every accepted question is at most the threshold (0.7 in the paper)."""
-    score, neighbour = novelty.nearest(tokens(c.question))
+    score, neighbour = accepted.nearest(tokens(c.question))
     return Verdict("novelty", score <= settings.rouge, score, neighbour)
 
 
@@ -113,18 +113,25 @@ def check_names(settings: config.Filters) -> None:
             raise UserError(f"config.filters.{stage} names {twice[0]!r} twice; once is enough.")
 
 
-def run(stage: str, candidate: Candidate, settings: config.Filters, novelty: NoveltyIndex | None = None) -> list[Verdict]:
+def run(stage: str, candidate: Candidate, settings: config.Filters, accepted: NoveltyIndex | None = None) -> list[Verdict]:
     """The verdicts of a stage's filters in order, up to the first rejection."""
     verdicts = []
     for name in getattr(settings, stage):
-        verdicts.append(FILTERS[stage][name](candidate, settings, novelty))
+        verdicts.append(FILTERS[stage][name](candidate, settings, accepted))
         if not verdicts[-1].passed:
             break
     return verdicts
 
 
 def seed_shares(pairs: Sequence[Any], stage: str, settings: config.Filters) -> dict[str, float]:
-    """The share of the seeds that each filter of a stage would reject by itself; novelty, which compares with others, is left out."""
+    """The share of the seeds that each filter of a stage would reject by itself, novelty aside.
+
+    For `exemplar_copy` the other seeds are the exemplars: it is the share whose question (or answer) stands word by word in another seed.
+    """
     candidates = [Candidate(p.question, p.answer if stage == "answer" else None, "stop", None, ()) for p in pairs]
-    return {name: sum(not FILTERS[stage][name](c, settings, None).passed for c in candidates) / len(candidates)
-            for name in getattr(settings, stage) if name not in ("novelty", "parse", "truncated", "exemplar_copy")}
+    counts = collections.Counter(tuple(tokens(c.text)) for c in candidates)
+
+    def rejects(name: str, c: Candidate) -> bool:
+        return counts[tuple(tokens(c.text))] > 1 if name == "exemplar_copy" else not FILTERS[stage][name](c, settings, None).passed
+
+    return {name: sum(rejects(name, c) for c in candidates) / len(candidates) for name in getattr(settings, stage) if name != "novelty"}

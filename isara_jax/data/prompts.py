@@ -8,11 +8,13 @@ the others hold what people or models wrote, where special tokens are plain text
 """
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any, Callable, Protocol, Sequence
 
 from isara_jax.common import UserError, content_hash
+from isara_jax.data.rouge import tokens
 
 Segments = tuple[tuple[str, bool], ...]
 
@@ -41,24 +43,24 @@ class Template:
     order: str = "nearest_last"
     render_chat: Callable[..., str] | None = None
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
-        """Identifies the template in records and in a run's identity."""
-        chat = str(self._chat([("\x00q", "\x00a")], None, open_answer=False)) if self.form == "chat" else ""
+        """Identifies the template in records and in a run's identity; of a chat template, by what it makes of two small chats."""
+        chat = repr([self._chat([("q", "a")], question) for question in (None, "q")]) if self.form == "chat" else ""
         return content_hash(self.form, self.question_marker, self.answer_marker, self.order, chat)
 
     def question_segments(self, exemplars: Sequence[Pair]) -> Segments:
         """A prompt after which the model writes a new question. `exemplars` come nearest first."""
         pairs = self._ordered(exemplars)
         if self.form == "chat":
-            return self._chat(pairs, None, open_answer=False)
+            return self._chat(pairs, None)
         return ((self._blocks(pairs) + self.question_marker, False),)
 
     def answer_segments(self, exemplars: Sequence[Pair], question: str) -> Segments:
         """A prompt after which the model answers `question`."""
         pairs = self._ordered(exemplars)
         if self.form == "chat":
-            return self._chat(pairs, question, open_answer=True)
+            return self._chat(pairs, tidy(question))
         return ((f"{self._blocks(pairs)}{self.question_marker} {tidy(question)}\n{self.answer_marker}", False),)
 
     def training_segments(self, question: str) -> Segments:
@@ -77,41 +79,49 @@ class Template:
         return (next_answer, next_question) if stage == "question" else (next_question,)
 
     def human_words(self) -> int:
-        """Words of instruction in the prompts beside the pairs, written by people: markers are no words, so the plain form has none."""
-        if self.form != "chat":
-            return 0
-        rendered = "".join(text for text, is_template in self._chat([], None, open_answer=False) if is_template)
-        return len(re.findall(r"\w+", re.sub(r"<[^>]*>\w*|\[/?\w+\]", " ", rendered)))
+        """Words of instruction in the prompts beside the pairs, written by people.
+
+        A marker ("Q:", "ASSISTANT:", "<|im_start|>user", "[INST]") is none, so the plain form has none unless a marker is a phrase.
+        """
+        if self.form == "plain":
+            return sum(n for n in map(len, map(tokens, (self.question_marker, self.answer_marker))) if n > 1)
+        template = " ".join(text for text, is_template in self._chat([("q", "a")], "q") if is_template)
+        return len(tokens(re.sub(r"<[^>]*>\w*|\[/?\w+\]|\w+:", " ", template)))
 
     # ------------------------------------------------------------------------------------------------------------------------
     def _ordered(self, exemplars: Sequence[Pair]) -> list[tuple[str, str]]:
-        ordered = {"nearest_first": list, "nearest_last": lambda e: list(e)[::-1], "id": lambda e: sorted(e, key=lambda p: p.id)}[self.order](exemplars)
+        ordered = list(exemplars)
+        if self.order == "nearest_last":
+            ordered.reverse()
+        elif self.order == "id":
+            ordered.sort(key=lambda p: p.id)
         return [(tidy(p.question), tidy(p.answer)) for p in ordered]
 
     def _blocks(self, pairs: Sequence[tuple[str, str]]) -> str:
         return "".join(f"{self.question_marker} {q}\n{self.answer_marker} {a}\n\n" for q, a in pairs)
 
-    def _chat(self, pairs: Sequence[tuple[str, str]], question: str | None, *, open_answer: bool) -> Segments:
+    def _chat(self, pairs: Sequence[tuple[str, str]], question: str | None) -> Segments:
         """The rendered chat, cut at stand-ins so that contents stay apart from the template.
 
-        Without `question` the chat ends where the content of a new user turn would begin.
+        With `question` it ends where the answer begins; with None, where the content of a new user turn would begin.
         """
-        contents = [text for pair in pairs for text in pair] + ([question] if question is not None else [])
-        names = [f"\x02{i}\x03" for i in range(len(contents) + (question is None))]
-        messages = [{"role": ("user", "assistant")[i % 2], "content": name} for i, name in enumerate(names)]
-        rendered = self._render([{"role": "system", "content": ""}, *messages], messages, open_answer)
-        pieces = re.split("(\x02\\d+\x03)", rendered)
-        segments = [(contents[int(p[1:-1])], False) if p.startswith("\x02") and int(p[1:-1]) < len(contents) else (p, True) for p in pieces if p]
-        if question is None:  # what follows the last stand-in is written by the model
-            segments = segments[:next(i for i, (text, _) in enumerate(segments) if text == names[-1])]
-        return tuple(segments)
+        contents = [*(text for pair in pairs for text in pair), question]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": f"\x02{i}\x03"} for i in range(len(contents))]
+        pieces = re.split("\x02(\\d+)\x03", self._render(messages, question is not None))
+        if pieces[1::2] != [str(i) for i in range(len(contents))]:
+            raise UserError("the model's chat template does not show every message once and in order, so prompts cannot be built with it. "
+                            "Set --config.model.form=plain.")
+        segments = [(piece, True) if i % 2 == 0 else (contents[int(piece)], False) for i, piece in enumerate(pieces)]
+        if question is None:  # the model writes what stands here, and the template what comes after
+            segments = segments[:-2]
+        return tuple((text, is_template) for text, is_template in segments if text)
 
-    def _render(self, with_system: list[dict], without: list[dict], open_answer: bool) -> str:
-        """With an empty system turn, or with none where the template refuses one."""
+    def _render(self, messages: list[dict[str, str]], open_answer: bool) -> str:
+        """With an empty system turn, since some templates put an instruction of their own where there is none; without, where one is refused."""
         try:
-            return self.render_chat(with_system, add_generation_prompt=open_answer)
+            return self.render_chat([{"role": "system", "content": ""}, *messages], add_generation_prompt=open_answer)
         except UserError:
-            return self.render_chat(without, add_generation_prompt=open_answer)
+            return self.render_chat(messages, add_generation_prompt=open_answer)
 
 
 def tidy(text: str) -> str:
@@ -119,7 +129,8 @@ def tidy(text: str) -> str:
     return re.sub(r"\n\s*\n", "\n", text.strip())
 
 
-def fit(exemplars: Sequence[Any], build: Callable[[Sequence[Any]], Segments], count: Callable[[Segments], int], budget: int) -> tuple[Segments, list[Any]]:
+def fit(exemplars: Sequence[Any], build: Callable[[Sequence[Any]], Segments], count: Callable[[Segments], int],
+        budget: int) -> tuple[Segments, list[Any]]:
     """The prompt of as many of the nearest exemplars as `budget` tokens hold, and those exemplars; the farthest are dropped first.
 
     Raises `UserError` when not even the prompt without exemplars fits.
@@ -139,10 +150,11 @@ def show(segments: Segments) -> str:
 
 
 def marker_warnings(pairs: Sequence[Any], template: Template) -> list[str]:
-    """A warning for seeds that contain the question marker at the start of a line: generated answers stop there."""
+    """A warning for seeds that hold a marker at the start of a line (with their `row`): generated text like theirs would end there."""
     if template.form == "chat":
         return []
-    marker = "\n" + template.question_marker
-    rows = [str(p.row) for p in pairs if marker in p.answer or marker in p.question]
-    return [f"{len(rows)} seed(s) contain {template.question_marker!r} at the start of a line (rows {', '.join(rows[:10])}): generated text stops there; "
-            "set --config.prompt.question_marker to something they do not contain"] if rows else []
+    opens = tuple(stop.strip("\n") for stop in template.stops("question"))
+    rows = [str(p.row) for p in pairs if any(line.startswith(opens) for text in (p.question, p.answer) for line in text.split("\n"))]
+    return [f"{len(rows)} seed(s) hold {' or '.join(map(repr, opens))} at the start of a line (rows {', '.join(rows[:10])}{', …' * (len(rows) > 10)}): "
+            "generated text ends there or is rejected. Set --config.prompt.question_marker and --config.prompt.answer_marker to something the seeds "
+            "do not hold."] if rows else []

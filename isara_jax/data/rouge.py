@@ -5,6 +5,7 @@ drops every letter outside ASCII, so a filter built on it is blind there; ours k
 """
 from __future__ import annotations
 
+import array
 import unicodedata
 from typing import Sequence
 
@@ -15,31 +16,33 @@ from rapidfuzz.distance import LCSseq
 # Written without spaces, so that each character is a token: Thai, kana (with extensions and half-width forms, which NFKC widens), Han.
 _SINGLE = ((0x0E00, 0x0E7F), (0x3005, 0x3007), (0x3041, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF),
            (0x1B000, 0x1B16F), (0x20000, 0x323AF))
-_SURROGATES = (0xD800, 0xE000)  # code points that no string may hold
+_ZERO_WIDTH_SPACE = "\u200b"     # marks borders of words in scripts without spaces
+_SURROGATES = (0xD800, 0xE000)  # code points that no text holds
+_UNKNOWN = 0                    # code of the tokens that no accepted text has
 
 
 def tokens(text: str) -> list[str]:
     """The tokens ROUGE compares: runs of letters and digits after NFKC and case folding; Han, kana and Thai one by one.
 
-    Marks stay with the letter before them, so that scripts with vowel signs keep their words.
+    Marks stay with the letter before them, so that scripts with vowel signs keep their words; invisible characters (soft hyphen, joiners,
+    direction marks) neither count nor split.
     """
     out: list[str] = []
-    joins = False  # whether the next letter continues the last token
+    in_word = joins = False  # whether a mark, and whether a letter, continues the last token
     for c in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()):
-        kind = unicodedata.category(c)[0]
-        if kind == "M":
-            if out and joins is not None:
+        kind = unicodedata.category(c)
+        if kind[0] == "M":
+            if in_word:
                 out[-1] += c
-            continue
-        if kind not in "LN":
-            joins = None
-            continue
-        single = _is_single(c)
-        if joins and not single:
-            out[-1] += c
-        else:
-            out.append(c)
-        joins = not single
+        elif kind[0] in "LN":
+            single = _is_single(c)
+            if joins and not single:
+                out[-1] += c
+            else:
+                out.append(c)
+            in_word, joins = True, not single
+        elif kind != "Cf" or c == _ZERO_WIDTH_SPACE:
+            in_word = joins = False
     return out
 
 
@@ -66,30 +69,32 @@ class NoveltyIndex:
     def __init__(self):
         self._ids: list[str] = []
         self._texts: list[str] = []
-        self._lengths: list[int] = []
+        self._lengths = array.array("q")
         self._code: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    def _encode(self, words: Sequence[str]) -> str:
-        return "".join(chr(n if n < _SURROGATES[0] else n + _SURROGATES[1] - _SURROGATES[0])
-                       for n in (self._code.setdefault(w, len(self._code) + 1) for w in words))
-
     def add(self, id: str, words: Sequence[str]) -> None:
-        """Accept a text: from here on others are compared with it."""
+        """Accept the tokens of a text: from here on others are compared with it."""
         self._ids.append(id)
-        self._texts.append(self._encode(words))
+        self._texts.append("".join(_character(self._code.setdefault(w, len(self._code) + 1)) for w in words))
         self._lengths.append(len(words))
 
     def nearest(self, words: Sequence[str]) -> tuple[float, str | None]:
         """The largest F to an accepted text, and the id of the first text that has it; (0.0, None) when nothing is shared."""
         if not self._ids or not words:
             return 0.0, None
-        lengths = process.cdist([self._encode(words)], self._texts, scorer=LCSseq.similarity, dtype=np.int32)[0]
-        scores = f_of_lengths(lengths, len(words), np.array(self._lengths))
+        text = "".join(_character(self._code.get(w, _UNKNOWN)) for w in words)
+        common = process.cdist([text], self._texts, scorer=LCSseq.similarity, dtype=np.int32)[0]
+        scores = f_of_lengths(common, len(words), np.array(self._lengths))
         best = int(np.argmax(scores))
         return float(scores[best]), self._ids[best] if scores[best] > 0 else None
+
+
+def _character(code: int) -> str:
+    """A character for each code from 0 to 1,112,063."""
+    return chr(code if code < _SURROGATES[0] else code + _SURROGATES[1] - _SURROGATES[0])
 
 
 def f_of_lengths(lengths: np.ndarray, m: int | np.ndarray, n: np.ndarray) -> np.ndarray:

@@ -60,8 +60,8 @@ class Tokenizer(_Splits):
         hash: identifies vocabulary, merges and template in cache keys.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, eos: str | None, bos: str | None, chat_template: str | None, stop_ids: Iterable[int] = (),
-                 adds_bos: bool | None = None, name: str = ""):
+    def __init__(self, backend: tokenizers.Tokenizer, *, eos: str | None, bos: str | None, chat_template: str | None,
+                 stop_ids: Iterable[int] = (), adds_bos: bool | None = None, name: str = ""):
         backend.no_padding()
         backend.no_truncation()
         self._backend, self._name = backend, name
@@ -170,8 +170,9 @@ def from_folder(folder: Path) -> Tokenizer:
     if isinstance(template, list):  # several named templates
         template = next((t["template"] for t in template if t.get("name") == "default"), None)
     ends = (generation or _optional(folder / "config.json")).get("eos_token_id")  # as transformers: without the one, the other's
-    return Tokenizer(backend, eos=text(config.get("eos_token")), bos=text(config.get("bos_token")), chat_template=template, name=str(folder),
-                     stop_ids=ends if isinstance(ends, list) else [] if ends is None else [ends], adds_bos=config.get("add_bos_token"))
+    return Tokenizer(backend, eos=text(config.get("eos_token")), bos=text(config.get("bos_token")), chat_template=template,
+                     stop_ids=ends if isinstance(ends, list) else [] if ends is None else [ends], adds_bos=config.get("add_bos_token"),
+                     name=str(folder))
 
 
 def from_gguf(metadata: Any, file: Path, cache: Path | None = None) -> Tokenizer:
@@ -181,9 +182,10 @@ def from_gguf(metadata: Any, file: Path, cache: Path | None = None) -> Tokenizer
         metadata: key, default -> value of the file (`isara_jax.models.gguf.metadata` bound to it).
         cache: a folder where the built tokenizer.json is kept (2 s to build, 0.1 s to read), or None.
     """
-    if (model := metadata("tokenizer.ggml.model")) != "gpt2" or (pre := metadata("tokenizer.ggml.pre", "default")) not in ("smollm", "gpt-2", "default"):
-        raise UserError(f"{file}: tokenizer {model!r} ({metadata('tokenizer.ggml.pre', 'no pre-tokenizer named')!r}) is not supported in GGUF files; take the "
-                        "model's Hugging Face folder with its tokenizer.json.")
+    model, pre = metadata("tokenizer.ggml.model"), metadata("tokenizer.ggml.pre", "default")
+    if model != "gpt2" or pre not in ("smollm", "gpt-2", "default"):
+        raise UserError(f"{file}: tokenizer {model!r} with pre-tokenizer {pre!r} is not supported in GGUF files; take the model's "
+                        "Hugging Face folder with its tokenizer.json.")
     names = metadata("tokenizer.ggml.tokens")
     name = lambda key: names[metadata(key)] if metadata(key, -1) != -1 else None
     kept = cache / f"{file_hash(file)}.json" if cache else None

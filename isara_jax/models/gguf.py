@@ -12,9 +12,12 @@ from isara_jax.models.config import ModelConfig
 from isara_jax.models.gguf_header import Tensor, read_header
 from isara_jax.models.hf import ParamPath, Place, build
 
-LAYER_NAMES = {"attn_norm": ("attn_norm", "scale"), "ffn_norm": ("mlp_norm", "scale"), "attn_q": ("attn", "q", "kernel"), "attn_k": ("attn", "k", "kernel"),
-               "attn_v": ("attn", "v", "kernel"), "attn_output": ("attn", "o", "kernel"), "ffn_gate": ("mlp", "gate", "kernel"),
-               "ffn_up": ("mlp", "up", "kernel"), "ffn_down": ("mlp", "down", "kernel")}
+LAYER_NAMES = {
+    "attn_norm": ("attn_norm", "scale"), "ffn_norm": ("mlp_norm", "scale"),
+    "attn_q": ("attn", "q", "kernel"), "attn_k": ("attn", "k", "kernel"), "attn_v": ("attn", "v", "kernel"),
+    "attn_output": ("attn", "o", "kernel"),
+    "ffn_gate": ("mlp", "gate", "kernel"), "ffn_up": ("mlp", "up", "kernel"), "ffn_down": ("mlp", "down", "kernel"),
+}
 OUTER_NAMES = {"token_embd.weight": ("embed", "embedding"), "output_norm.weight": ("norm", "scale"), "output.weight": ("head", "kernel")}
 
 
@@ -44,8 +47,8 @@ def model_config(file: Path) -> ModelConfig:
         "values of another width than keys": field("attention.value_length", head_dim) != head_dim,
     }
     if any(problems.values()):
-        raise UserError(f"{file}: not supported yet: {', '.join(name for name, found in problems.items() if found)}. Running it anyway would give "
-                        "wrong logits.")
+        named = ", ".join(name for name, found in problems.items() if found)
+        raise UserError(f"{file}: not supported yet: {named}. Running it anyway would give wrong logits.")
     return ModelConfig(
         vocab_size=len(metadata(file, "tokenizer.ggml.tokens")), d_model=width, n_layers=field("block_count"), n_heads=heads,
         n_kv_heads=field("attention.head_count_kv", heads), head_dim=head_dim, d_ff=field("feed_forward_length"),
@@ -103,7 +106,8 @@ def _dequantise(file: Path, tensor: Tensor, raw: np.ndarray) -> np.ndarray:
     try:
         return quants.dequantize(raw.reshape(*tensor.shape[:-1], -1), kind)
     except NotImplementedError:
-        raise UserError(f"{file}: {tensor.name} is quantised as {kind.name}, which the gguf package cannot undo. Take a file in F16, Q8_0 or Q4_1.") from None
+        raise UserError(f"{file}: {tensor.name} is quantised as {kind.name}, which the gguf package cannot undo. "
+                        "Take a file in F16, Q8_0 or Q4_1.") from None
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -22,7 +22,7 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class Tensor:
-    """One entry of the table: `shape` has the outermost axis first; `kind` is the ggml quantisation; `offset` and `size` are bytes of the file."""
+    """One entry of the table: `shape` has the outermost axis first, `kind` is ggml's quantisation, `offset` and `size` are bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,9 +53,11 @@ def _read(file: Path, size: int, changed: int) -> Header:
     with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         magic, version = struct.unpack_from("<4sI", data)
         if magic != b"GGUF":
-            raise UserError(f"{file} is not a GGUF file: it begins with {magic!r}, not b'GGUF'. Give a .gguf file or a Hugging Face folder.")
+            raise UserError(f"{file} is not a GGUF file: it begins with {magic!r}, not b'GGUF'. "
+                            "Give a .gguf file or a Hugging Face folder.")
         if version not in (2, 3):
-            raise UserError(f"{file} is GGUF version {version}; versions 2 and 3 in little-endian order are read. Convert it again with a newer llama.cpp.")
+            raise UserError(f"{file} is GGUF version {version}; versions 2 and 3 in little-endian order are read. "
+                            "Convert it again with a newer llama.cpp.")
         try:
             header = _Cursor(data, 8).header()
         except (struct.error, UnicodeDecodeError, KeyError, IndexError, OverflowError, MemoryError) as e:
@@ -105,7 +107,8 @@ class _Cursor:
         table = [self._entry() for _ in range(n_tensors)]
         alignment = int(metadata.get("general.alignment", 32))
         start = -(-self.position // alignment) * alignment
-        return Header(metadata, tuple(Tensor(name, shape, kind, start + offset, _bytes(shape, kind)) for name, shape, kind, offset in table))
+        tensors = (Tensor(name, shape, kind, start + offset, _bytes(shape, kind)) for name, shape, kind, offset in table)
+        return Header(metadata, tuple(tensors))
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self.string()

@@ -37,8 +37,8 @@ def model_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     raw = read_json(path)
     if raw.get("model_type") != "llama":
-        raise UserError(f"{path}: model_type {raw.get('model_type')!r}: family not supported yet; supported is llama (Llama, SmolLM2 and others that "
-                        "use its layout).")
+        raise UserError(f"{path}: model_type {raw.get('model_type')!r}: family not supported yet; supported is llama (Llama, "
+                        "SmolLM2 and others that use its layout).")
     rope = raw.get("rope_parameters") or {}
     problems = [f"{k}={raw[k]!r} (supported: {v!r})" for k, v in FIXED.items() if (raw.get(k) or v) != v]
     for name in ("rope_parameters", "rope_scaling"):
@@ -86,7 +86,8 @@ def load_params(folder: Path, cfg: ModelConfig, place: Place) -> decoder.Params:
                 problems.append(f"{name} is in {where[name].name} and in {file.name}")
             where[name] = file
     ignored = {n for n in where if n.endswith("rotary_emb.inv_freq") or (n == "lm_head.weight" and cfg.tie_embeddings)}
-    problems += [f"{n} is missing" for n in wanted if n not in where] + [f"{n} is unexpected" for n in where if n not in wanted and n not in ignored]
+    problems += [f"{n} is missing" for n in wanted if n not in where]
+    problems += [f"{n} is unexpected" for n in where if n not in wanted and n not in ignored]
     for name in (n for n in wanted if n in where):
         stored, shape = _open(where[name]).get_slice(name), _shape(cfg, wanted[name])
         shape = shape[::-1] if wanted[name][-1] == "kernel" else shape
@@ -148,4 +149,5 @@ def _open(file: Path):
     try:
         return safetensors.safe_open(file, framework="numpy")
     except (safetensors.SafetensorError, OSError) as e:
-        raise UserError(f"{file} is not a whole safetensors file ({e}; {file.stat().st_size:,} bytes). The download may be cut short; get it again.") from None
+        raise UserError(f"{file} is not a whole safetensors file ({e}; {file.stat().st_size:,} bytes). "
+                        "The download may be cut short; get it again.") from None

@@ -53,7 +53,7 @@ def resolve(name: str, *, fetch: bool = True, say: Callable[[str], None] = print
     """Find a model by explicit path, embedded name or hub id.
 
     Order: an existing path → the names "tiny-random" and of the embedded models (fetched when `fetch`) → the local hub cache → the hub,
-    unless HF_HUB_OFFLINE is set or it does not answer within three seconds. Raises one `UserError` that says where was looked and what to do.
+    unless HF_HUB_OFFLINE is set or it does not answer within three seconds. Raises one `UserError`: where was looked, what to do.
     """
     path = Path(name).expanduser()
     if name == "tiny-random":
@@ -65,7 +65,7 @@ def resolve(name: str, *, fetch: bool = True, say: Callable[[str], None] = print
         return _local(folder, name)
     if path.exists():
         return _local(path, name)
-    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or os.sep != "/" and os.sep in name:
+    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
         raise UserError(f"{name}: no such file or folder.{_nearest(path)}")
     return Source("hf", _hub(name, fetch, say), name)
 
@@ -97,7 +97,8 @@ def _local(path: Path, name: str) -> Source:
         return Source("gguf", ggufs[0], name)
     if ggufs:
         raise UserError(f"{path} holds {len(ggufs)} GGUF files; name one: {', '.join(str(f) for f in ggufs[:5])}.")
-    raise UserError(f"{path} is no model folder: it has no config.json. {_listing(path)} Give a folder with config.json and *.safetensors, or a .gguf file.")
+    raise UserError(f"{path} is no model folder: it has no config.json. {_listing(path)} "
+                    "Give a folder with config.json and *.safetensors, or a .gguf file.")
 
 
 def _check_folder(folder: Path) -> None:
@@ -181,8 +182,8 @@ def _explain(name: str, error: Exception) -> str:
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status == 403:
-        return (f"The hub refused it (403): the model is gated. Accept its licence at the model's page while logged in, then set HF_TOKEN to a token of "
-                f"that account (or run `hf auth login`).")
+        return ("The hub refused it (401 or 403): the model is gated. Accept its licence at the model's page while logged in, then set "
+                "HF_TOKEN to a token of that account (or run `hf auth login`).")
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
         return ("The hub knows no such model, or it is private (401): check the spelling, and for a private or gated model set HF_TOKEN "
                 "(or run `hf auth login`).")
@@ -195,7 +196,8 @@ def _not_found(name: str, why: str) -> UserError:
 
     return UserError(
         f"Model {name!r} cannot be found. {why}\n"
-        f"Looked for: a path {name} here; an embedded model ({', '.join(assets.ASSETS)}); the hub cache {constants.HF_HUB_CACHE}.{_suggest(name)}\n"
+        f"Looked for: a path {name} here; an embedded model ({', '.join(assets.ASSETS)}); the hub cache {constants.HF_HUB_CACHE}."
+        f"{_suggest(name)}\n"
         f"Ways out: give a folder (config.json, *.safetensors, tokenizer.json) or a .gguf file; or take an embedded model "
         f"(`python -m isara_jax.fetch smollm2-135m-instruct`); or run `hf download {name}` on a machine with a network and set HF_HOME "
         f"to a copy of its cache.")

@@ -11,6 +11,7 @@ import tokenizers
 from isara_jax.common import UserError, content_hash
 from isara_jax.models import encoder
 from isara_jax.models.encoder import EncoderConfig, Params
+from isara_jax.models.resolve import resolve
 
 TINY = "tiny-random-encoder"  # random weights on bytes, for tests and configs/tiny.py; no files
 TINY_CONFIG = EncoderConfig(vocab_size=257, d_model=32, n_layers=2, n_heads=2, d_ff=64, max_positions=128)
@@ -42,8 +43,6 @@ class Embedder:
         if name == TINY:
             return cls(encoder.init_params(TINY_CONFIG, 0), TINY_CONFIG, lambda text: [256, *text.encode()][:TINY_CONFIG.max_positions],
                        TINY_CONFIG.max_positions, TINY)
-        from isara_jax.models.resolve import resolve
-
         source = resolve(name)
         if source.kind != "hf":
             raise UserError(f"config.retrieval.encoder={name!r} is not a sentence encoder in a Hugging Face folder. Use minilm-l6, or a folder or hub id "

@@ -14,12 +14,12 @@ import numpy as np
 
 from isara_jax.common import UserError
 
-Propose = Callable[[np.ndarray, int], list[np.ndarray]]  # queries [m, d], count -> for each query the numbers of at least `count` near rows
+Propose = Callable[[np.ndarray, int], list[np.ndarray]]  # queries [m, d], count -> for each query the numbers of `count` near rows (a tree may have fewer)
 
 MARGIN = 16        # neighbours proposed beyond those asked for
 DIGITS = 6         # scores are rounded to so many, so that the order does not hang on the last bits
 NOISE = 1e-5       # more than a float32 dot product of unit vectors and the rounding can be off by
-EXACT_UP_TO = 50_000  # vectors that ScaNN searches by brute force (exact; 0.2 ms a query); beyond, a tree with asymmetric hashing
+EXACT_UP_TO = 50_000  # vectors that ScaNN searches by brute force (exact, under 1 ms a query); beyond, a tree with asymmetric hashing
 NUMPY_BLOCK = 1024    # queries multiplied at a time by the numpy backend
 
 
@@ -62,10 +62,10 @@ class Index:
             for query, rows in zip(pending, self._propose(queries[pending], count), strict=True):
                 found[query] = self._ranked(queries[query], rows)
                 # a near-tie that reaches beyond the proposal might hide a row that the order by id would put first
-                if count < len(self) and found[query][-1][1] > found[query][wanted - 1][1] - NOISE:
+                if len(rows) == count < len(self) and found[query][-1][1] > found[query][wanted - 1][1] - NOISE:
                     unsettled.append(query)
             pending, count = unsettled, min(4 * count, len(self))
-        barred = exclude or [None] * len(queries)
+        barred = [None] * len(queries) if exclude is None else exclude
         return [[pair for pair in pairs if pair[0] != bar][:k] for pairs, bar in zip(found, barred, strict=True)]
 
     def _ranked(self, query: np.ndarray, rows: np.ndarray) -> list[tuple[str, float]]:
@@ -133,7 +133,7 @@ def _scann_searcher(scann: Any, vectors: np.ndarray) -> Propose:
         searcher = builder.score_brute_force().build()
         return lambda queries, count: list(searcher.search_batched(queries, final_num_neighbors=count)[0].astype(np.int64))
     leaves = round(math.sqrt(len(vectors)))
-    searcher = (builder.tree(num_leaves=leaves, num_leaves_to_search=max(leaves // 5, 1), training_sample_size=len(vectors))
+    searcher = (builder.tree(num_leaves=leaves, num_leaves_to_search=max(leaves // 5, 1), training_sample_size=min(len(vectors), 250_000))
                 .score_ah(2, anisotropic_quantization_threshold=0.2).reorder(MARGIN).build())
 
     def propose(queries: np.ndarray, count: int) -> list[np.ndarray]:

@@ -1,0 +1,212 @@
+"""The sentence encoder: equal to torch, a vector depends on its text alone, folders are read as they say or refused."""
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from isara_jax.common import UserError
+from isara_jax.models import encoder
+from isara_jax.models.encoder import EncoderConfig
+from isara_jax.retrieval.embed import TINY, Embedder
+
+CFG = EncoderConfig(vocab_size=19, d_model=12, n_layers=2, n_heads=3, d_ff=20, max_positions=16, n_types=3, norm_eps=1e-3)
+TOKENS = np.array([[1, 5, 9, 2, 0, 0], [1, 3, 3, 7, 11, 2]])
+LENGTHS = np.array([4, 6])
+ODD = ["", "a", " \n\t", "Which planet is the largest?", "Ünïcödé ﬁ ß 漢字かな ไทย 😀", "[CLS] [SEP] [MASK] x", "bell \x07 nul \x00 end", "word " * 40,
+       "long " * 400, "don't -- 3.14%"]
+
+
+def torch_bert(cfg, seed=0):
+    """A random torch BERT of the same shape, larger than its default initialisation so that every part matters."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(seed)
+    model = BertModel(BertConfig(vocab_size=cfg.vocab_size, hidden_size=cfg.d_model, num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads,
+                                 intermediate_size=cfg.d_ff, max_position_embeddings=cfg.max_positions, type_vocab_size=cfg.n_types,
+                                 layer_norm_eps=cfg.norm_eps)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.4)
+    return model
+
+
+def torch_vectors(model, tokens, lengths, pooling):
+    import torch
+
+    mask = torch.arange(tokens.shape[1])[None] < torch.tensor(lengths)[:, None]
+    with torch.no_grad():
+        hidden = model(torch.tensor(tokens), attention_mask=mask.long()).last_hidden_state
+    pooled = {"cls": hidden[:, 0], "mean": (hidden * mask[..., None]).sum(1) / mask.sum(1)[:, None],
+              "max": hidden.masked_fill(~mask[..., None], -1e9).amax(1)}[pooling]
+    return torch.nn.functional.normalize(pooled, dim=1).numpy()
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory):
+    """A folder as sentence-transformers writes it, with constants that are not the usual ones."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch_bert(CFG).save_pretrained(folder)
+    (folder / "modules.json").write_text(json.dumps([{"path": "", "type": "sentence_transformers.models.Transformer"},
+                                                     {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]))
+    (folder / "1_Pooling").mkdir()
+    write_pooling(folder, "pooling_mode_mean_tokens")
+    return folder
+
+
+def write_pooling(folder, *modes):
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 12, "pooling_mode_cls_token": False, **dict.fromkeys(modes, True)}))
+
+
+@pytest.fixture
+def copy(bert_folder, tmp_path):
+    return shutil.copytree(bert_folder, tmp_path / "copy")
+
+
+def change(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("mode, pooling", [("pooling_mode_mean_tokens", "mean"), ("pooling_mode_cls_token", "cls"), ("pooling_mode_max_tokens", "max")])
+def test_a_folder_with_unusual_constants_equals_torch(copy, mode, pooling):
+    write_pooling(copy, mode)
+    params, cfg = encoder.load_encoder(copy)
+    assert cfg == dataclasses.replace(CFG, pooling=pooling)
+    ours = np.asarray(encoder.encode(params, cfg, TOKENS, LENGTHS))
+    np.testing.assert_allclose(ours, torch_vectors(torch_bert(CFG), TOKENS, LENGTHS, pooling), rtol=0, atol=1e-5)
+
+
+def test_minilm_equals_torch_on_odd_texts(minilm_folder):
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(minilm_folder), AutoModel.from_pretrained(minilm_folder).eval()
+    batch = tokenizer(ODD, padding=True, truncation=True, max_length=256, return_tensors="pt")
+    with torch.no_grad():
+        hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
+    theirs = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).numpy()
+    embedder = Embedder.from_source(str(minilm_folder))
+    np.testing.assert_allclose(embedder.embed(ODD), theirs, rtol=0, atol=1e-5)
+    assert embedder.tokens == batch["attention_mask"].sum() and embedder.dim == 384 and embedder.max_length == 256
+
+
+def test_every_field_changes_the_vectors():
+    model = torch_bert(CFG)  # its weights, as ours
+    params = jax.tree.map(lambda x: x * 20 + 0.1, encoder.init_params(CFG, 0))
+    base = np.asarray(encoder.encode(params, CFG, TOKENS, LENGTHS))
+    for field, value in {"n_heads": 4, "norm_eps": 0.5, "pooling": "cls"}.items():
+        other = np.asarray(encoder.encode(params, dataclasses.replace(CFG, **{field: value}), TOKENS, LENGTHS))
+        assert np.abs(other - base).max() > 1e-4, field
+    shape = lambda **fields: jax.tree.map(lambda x: x.shape, encoder.init_params(dataclasses.replace(CFG, **fields), 0))
+    for fields in ({"vocab_size": 20}, {"d_model": 15}, {"n_layers": 1}, {"d_ff": 21}, {"max_positions": 17}, {"n_types": 2}):
+        assert shape(**fields) != shape(), fields
+    assert model.config.type_vocab_size == CFG.n_types
+
+
+def test_what_stands_behind_a_text_changes_nothing():
+    params = encoder.init_params(CFG, 0)
+    other = np.where(np.arange(6) < LENGTHS[:, None], TOKENS, 13)
+    assert np.array_equal(encoder.encode(params, CFG, TOKENS, LENGTHS), encoder.encode(params, CFG, other, LENGTHS))
+
+
+@pytest.mark.parametrize("name", [TINY, "minilm"])
+def test_a_vector_is_bit_equal_alone_and_in_any_company(name, request):
+    embedder = Embedder.from_source(str(request.getfixturevalue("minilm_folder")) if name == "minilm" else name)
+    texts = [*ODD[:7], *(f"What is the square of {i}, and why?" for i in range(70))]
+    together = embedder.embed(texts)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
+    for i in (0, 3, 5, 40, 76):
+        assert np.array_equal(embedder.embed([texts[i]])[0], together[i])
+    assert np.array_equal(embedder.embed(texts[::-1])[::-1], together)
+
+
+def test_the_tiny_encoder_needs_no_files_and_tells_texts_apart():
+    embedder = Embedder.from_source(TINY)
+    vectors = embedder.embed(["What is rain?", "What is snow?", "x" * 500, ""])
+    assert vectors.shape == (4, embedder.dim) and vectors.dtype == np.float32 and np.isfinite(vectors).all()
+    assert len({v.tobytes() for v in vectors}) == 4 and embedder.tokens == 14 + 14 + 128 + 1
+    assert embedder.embed([]).shape == (0, embedder.dim)
+    assert embedder.hash == Embedder.from_source(TINY).hash
+
+
+def test_half_precision_weights_become_float32(copy):
+    file = copy / "model.safetensors"
+    save_file({f"bert.{k}": v.astype(np.float16) for k, v in load_file(file).items()}, file)
+    params, cfg = encoder.load_encoder(copy)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(encoder.encode(params, cfg, TOKENS, LENGTHS), torch_vectors(torch_bert(CFG), TOKENS, LENGTHS, "mean"), atol=2e-3)
+
+
+def test_a_plain_bert_folder_is_pooled_by_the_mean(copy):
+    (copy / "modules.json").unlink()
+    assert encoder.encoder_config(copy).pooling == "mean"
+
+
+def test_the_longest_text_and_lower_casing_follow_the_folder(copy):
+    assert encoder.text_rules(copy, CFG) == (16, False)
+    rules = copy / "sentence_bert_config.json"
+    rules.write_text('{"max_seq_length": 8, "do_lower_case": true}')
+    assert encoder.text_rules(copy, CFG) == (8, True)
+    rules.write_text('{"max_seq_length": 99}')
+    with pytest.raises(UserError, match="max_seq_length=99"):
+        encoder.text_rules(copy, CFG)
+
+
+@pytest.mark.parametrize("fields, said", [({"model_type": "mpnet"}, "model_type 'mpnet'"), ({"hidden_act": "relu"}, "hidden_act='relu'"),
+                                          ({"position_embedding_type": "relative_key"}, "relative_key"), ({"vocab_size": "many"}, "wrong kind")])
+def test_configs_that_cannot_be_honoured_are_refused(copy, fields, said):
+    change(copy / "config.json", **fields)
+    with pytest.raises(UserError, match=said):
+        encoder.load_encoder(copy)
+
+
+def test_modules_that_cannot_be_honoured_are_refused(copy):
+    write_pooling(copy, "pooling_mode_mean_tokens", "pooling_mode_max_tokens")
+    with pytest.raises(UserError, match="pooling_mode_mean_tokens . pooling_mode_max_tokens"):
+        encoder.load_encoder(copy)
+    write_pooling(copy, "pooling_mode_weightedmean_tokens")
+    with pytest.raises(UserError, match="weightedmean"):
+        encoder.load_encoder(copy)
+    (copy / "modules.json").write_text(json.dumps([{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]))
+    with pytest.raises(UserError, match="module Dense"):
+        encoder.load_encoder(copy)
+    (copy / "modules.json").write_text(json.dumps([{"path": "../elsewhere", "type": "sentence_transformers.models.Pooling"}]))
+    with pytest.raises(UserError, match="elsewhere"):
+        encoder.load_encoder(copy)
+
+
+def test_weights_that_do_not_fit_are_listed(copy):
+    file = copy / "model.safetensors"
+    tensors = load_file(file)
+    tensors["surprise"] = tensors.pop("embeddings.LayerNorm.bias")
+    tensors["encoder.layer.1.output.dense.weight"] = np.zeros((12, 12), np.float32)
+    save_file(tensors, file)
+    with pytest.raises(UserError) as raised:
+        encoder.load_encoder(copy)
+    for said in ("surprise is unexpected", "embeddings.LayerNorm.bias is missing", "encoder.layer.1.output.dense.weight has shape [12, 12], config.json says [12, 20]"):
+        assert said in str(raised.value)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        encoder.load_encoder(copy)
+    file.unlink()
+    with pytest.raises(UserError, match="no .safetensors"):
+        encoder.load_encoder(copy)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(copy):
+    with pytest.raises(UserError, match="tokenizer.json"):
+        Embedder.from_source(str(copy))
+
+
+def test_the_hash_follows_pooling_and_length(minilm_folder, tmp_path):
+    copy = shutil.copytree(minilm_folder, tmp_path / "copy")
+    hashes = {Embedder.from_source(str(copy)).hash}
+    change(copy / "1_Pooling" / "config.json", pooling_mode_mean_tokens=False, pooling_mode_cls_token=True)
+    hashes.add(Embedder.from_source(str(copy)).hash)
+    change(copy / "sentence_bert_config.json", max_seq_length=64)
+    hashes.add(Embedder.from_source(str(copy)).hash)
+    assert len(hashes) == 3
