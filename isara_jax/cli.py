@@ -29,6 +29,16 @@ class Args:
     dry_run: bool
 
 
+def _leaves(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for key, value in tree.items():
+        found += _leaves(value, f"{path}{key}.") if isinstance(value, dict) else [(path + key, value)]
+    return found
+
+
+_DEFAULTS = dict(_leaves(config_lib.to_dict(config_lib.Config())))  # "sft.lr" -> 2e-05, for every field
+
+
 def main(run: Callable[[Args], None], argv: Sequence[str] | None = None) -> None:
     """Parse `argv` (without the program's name; default `sys.argv`), run, and turn what people can mend into one message and status 2."""
     try:
@@ -70,7 +80,7 @@ def usage() -> str:
     """What `--help` prints: the flags, the configs that are installed, every field with its default."""
     return "\n".join(["usage: python -m isara_jax.train --config=FILE --workdir=DIR [--config.section.field=VALUE …] [--dry_run]", "",
                       f"configs that ship with the package: {', '.join(_packaged())}", "", "fields and defaults (their meaning: isara_jax/config.py):",
-                      *(f"  --config.{key}={value}" for key, value in _leaves(config_lib.to_dict(config_lib.Config())))])
+                      *(f"  --config.{key}={value}" for key, value in _DEFAULTS.items())])
 
 
 # ------------------------------------------------------------------------------------------------------------------- overrides
@@ -81,10 +91,19 @@ def _split_config(argv: Sequence[str]) -> tuple[str, list[str]]:
         if re.fullmatch(r"--?config(=.*)?", a, re.DOTALL):
             name = a.partition("=")[2] if "=" in a else next(arguments, "")
         else:
-            rest.append(a)
+            rest.append(_tuple(a))
     if not name:
         raise UserError(f"--config is missing: name a config file, for example --config=configs/quickstart.py (there are {', '.join(_packaged())}).")
     return name, rest
+
+
+def _tuple(argument: str) -> str:
+    """`--config.filters.answer=parse,echo` with the quotes and brackets that ml_collections needs to see two texts in it."""
+    key, equals, value = argument.partition("=")
+    default = _DEFAULTS.get(key.lstrip("-").removeprefix("config."))
+    if not isinstance(default, list) or not isinstance(default[0], str) or not re.fullmatch(r"\w+(,\s*\w+)*,?", value):
+        return argument
+    return f"{key}={tuple(v.strip() for v in value.split(',') if v)}"
 
 
 def _overrides(argv: Sequence[str]) -> Iterator[str]:
@@ -94,7 +113,7 @@ def _overrides(argv: Sequence[str]) -> Iterator[str]:
 
 
 def _check_key(key: str) -> None:
-    known = [k for k, _ in _leaves(config_lib.to_dict(config_lib.Config()))]
+    known = list(_DEFAULTS)
     if key in known:
         return
     if inside := [k for k in known if k.startswith(key + ".")]:
@@ -103,18 +122,11 @@ def _check_key(key: str) -> None:
     raise UserError(f"--config.{key} does not exist. " + (f"Did you mean --config.{near[0]}?" if near else "--help lists all fields."))
 
 
-def _leaves(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for key, value in tree.items():
-        found += _leaves(value, f"{path}{key}.") if isinstance(value, dict) else [(path + key, value)]
-    return found
-
-
 def _said(e: Exception) -> str:
     """One line for what absl or ml_collections stumbled over."""
     text = " ".join(str(e).split())
     if found := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
-        default = dict(_leaves(config_lib.to_dict(config_lib.Config()))).get(found[1])
+        default = _DEFAULTS.get(found[1])
         return f"--config.{found[1]}={found[2]} has the wrong type: {type(default).__name__} is needed, like its default {default!r}."
     return text[:1].lower() + text[1:].replace(" ?", "?")
 
@@ -148,15 +160,11 @@ def _complete(path: Path, returned: Any) -> ConfigDict:
         raise UserError(f"{path}: get_config() returned {returned!r}. It must return the config that it made from isara_jax.config.defaults().")
     checked = config_lib.to_dict(config_lib.from_dict(returned))
     full = config_lib.defaults()
-    if isinstance(returned, ConfigDict) and _keys(returned.to_dict()) == _keys(full.to_dict()):
+    if isinstance(returned, ConfigDict) and {key for key, _ in _leaves(returned.to_dict())} == set(_DEFAULTS):
         return returned
     for key, value in _leaves(checked):
         full.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
     return full
-
-
-def _keys(tree: dict[str, Any]) -> list[str]:
-    return sorted(key for key, _ in _leaves(tree))
 
 
 def _place(path: Path, e: Exception) -> str:
@@ -165,7 +173,7 @@ def _place(path: Path, e: Exception) -> str:
     line = e.lineno if isinstance(e, SyntaxError) and e.filename == str(path) else lines[-1] if lines else None
     where = f"{path}, line {line}" if line else str(path)
     if isinstance(e, AttributeError) and (unknown := re.search(r'Key \\?"(\w+)\\?" does not exist', str(e))):
-        known = {part for key, _ in _leaves(config_lib.to_dict(config_lib.Config())) for part in key.split(".")}
+        known = {part for key in _DEFAULTS for part in key.split(".")}
         near = difflib.get_close_matches(unknown[1], known, 1)
         return f"{where}: there is no field {unknown[1]!r} in this section. " + (f"Did you mean {near[0]!r}?" if near else "--help lists all fields.")
     if isinstance(e, TypeError) and not lines:
@@ -193,6 +201,7 @@ def locate(file: str) -> Path:
     if path.parent.as_posix() in (".", "configs") and f"configs/{name}" in _packaged():
         return config_folder() / name
     beside = sorted(str(p) for p in path.parent.glob("*.py") if p.name != "__init__.py") if path.parent.is_dir() else []
-    near = difflib.get_close_matches(str(path), beside, 1) or difflib.get_close_matches(f"configs/{name}", _packaged(), 1)
+    there = {Path(p).name: p for p in (*_packaged(), *beside)}
+    near = [there[n] for n in difflib.get_close_matches(name, there, 1)]
     hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_packaged())}."
     raise UserError(f"--config={file}: {'is a folder' if path.is_dir() else 'no such file here or among the installed configs'}. {hint}")

@@ -1,7 +1,7 @@
-"""What people see: notes, progress and tables on a terminal, plain lines elsewhere, and all notes in log.txt.
+"""What people see: notes, progress and tables on a terminal, plain lines elsewhere, and all of it but the moving bars in log.txt.
 
-Text that a model or a file brought is inert: control and bidirectional characters are shown as escapes, markup is not interpreted.
-With `sensitive` only ids, lengths and verdicts are shown.
+Text that a model or a file brought is inert: control, bidirectional and invisible characters are shown as escapes, and markup is not
+interpreted. With `sensitive` only ids, lengths and verdicts are shown, on the screen and in the log alike.
 """
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ import contextlib
 import time
 import unicodedata
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import rich.box
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+PLAIN_SECONDS = 10.0   # least pause between two progress lines where there is no terminal
+PLAIN_SHARE = 0.02     # and the pause as a share of the time passed, so that a long stage does not fill the log
+LONG_CELL = 40         # characters from which on the cells of a plain table stand below one another
+JOINERS = "\u200c\u200d"  # invisible, yet part of ordinary spelling in Persian, Indic scripts and emoji: left as they are
 
 
 class Console:
-    """One per run. `log` is a file to which every line is appended as well, or None."""
+    """One per run. `log` is a file to which every line is appended with its time, or None."""
 
     def __init__(self, log: Path | None, *, sensitive: bool = False):
-        self._screen = RichConsole(highlight=False, soft_wrap=True)
+        self._screen = RichConsole(highlight=False)
+        self._live = self._screen.is_terminal and not self._screen.is_dumb_terminal
         self._sensitive, self._log = sensitive, None
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -37,15 +41,10 @@ class Console:
         if self._log:
             self._log.close()
 
-    def _write_log(self, text: str) -> None:
-        if self._log:
-            self._log.write(text + "\n")
-            self._log.flush()
-
     # ---------------------------------------------------------------------------------------------------------------- lines
     def note(self, text: str) -> None:
         """A line of fact."""
-        self._line(text, None)
+        self._line(text, "")
 
     def warn(self, text: str) -> None:
         """A line that asks for attention; the run goes on."""
@@ -57,108 +56,138 @@ class Console:
 
     def text(self, text: str, *, ids: Sequence[str] = ()) -> None:
         """A longer text as it is; in sensitive runs its length and the ids it is made of."""
-        self._line(f"[{len(text)} characters; pairs {', '.join(ids)}]" if self._sensitive else text, None)
+        self._line(f"[{len(text)} characters; pairs {', '.join(ids)}]" if self._sensitive else text, "")
 
-    def _line(self, text: str, style: str | None) -> None:
-        safe = inert(text, keep_newlines=True)
-        self._screen.print(Text(safe, style=style or ""))
+    def _line(self, text: str, style: str) -> None:
+        safe = inert(text, keep="\n")
+        self._print(safe, style)
         self._write_log(safe)
+
+    def _print(self, text: str, style: str = "") -> None:
+        self._screen.print(Text(self._encodable(text), style=style), soft_wrap=True)
+
+    def _encodable(self, text: str) -> str:
+        """Characters that the screen's encoding lacks, as escapes: a run must not end because of a letter."""
+        return text.encode(self._screen.encoding, "backslashreplace").decode(self._screen.encoding)
+
+    def _write_log(self, text: str) -> None:
+        if self._log:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.flush()
 
     # ------------------------------------------------------------------------------------------------------------- progress
     @contextlib.contextmanager
     def progress(self, name: str, total: int) -> Iterator[Progress]:
-        """A bar with counts, tokens a second and time left; elsewhere than on a terminal a plain line every ten seconds."""
-        start = time.perf_counter()
-        if self._screen.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
+        """A bar with counts, tokens a second and time left; elsewhere than on a terminal a plain line now and then. One line stays."""
+        if self._live:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}", markup=False))
             with RichProgress(*columns, console=self._screen, transient=True) as bar:
                 task = bar.add_task(name, total=total, said="")
-                progress = Progress(total, lambda done, said: bar.update(task, completed=done, said=said), every=0.0)
+                progress = Progress(total, lambda done, said: bar.update(task, completed=done, said=said))
                 yield progress
         else:
-            progress = Progress(total, lambda done, said: self.note(f"{name} {done}/{total} {said}".rstrip()), every=PLAIN_SECONDS)
+            progress = Progress(total, lambda done, said: self.note(f"{name}: {done} of {total}, {said}".rstrip(", ")), PLAIN_SECONDS, PLAIN_SHARE)
             yield progress
-        seconds = time.perf_counter() - start
-        self.note(f"{name}: {progress.done} of {total} in {seconds:.1f} s {progress.said}".rstrip())
-
+        self.note(f"{name}: {progress.done} of {total} in {duration(progress.seconds)}, {progress.said}".rstrip(", "))
 
     # --------------------------------------------------------------------------------------------------------------- tables
     def funnel_table(self, iteration: int, funnel: dict[str, Any]) -> None:
-        """How requests became pairs, and what rejected the others."""
+        """How requests became pairs, and what rejected the others: counts, and shares of the requests."""
         rows = [("requests", funnel["requests"]), ("questions accepted", funnel["questions"]), ("pairs kept", funnel["pairs"])]
         rows += sorted(((f"rejected: {name}", n) for name, n in funnel["rejected"].items()), key=lambda r: -r[1])
-        self._table(f"iteration {iteration}: funnel", ("", "count"), rows)
+        share = lambda n: f"{n / funnel['requests']:.0%}" if funnel["requests"] else ""
+        self._table(f"iteration {iteration}: funnel", ("", "count", "share"), [(name, n, share(n)) for name, n in rows])
 
     def pairs_table(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Some kept pairs."""
-        if self._sensitive:
-            self._table("some kept pairs", ("id", "question", "answer"),
-                        [(r["id"], f"{len(r['question'])} characters", f"{len(r['answer'])} characters") for r in rows])
-        else:
-            self._table("some kept pairs", ("question", "answer"), [(r["question"], r["answer"]) for r in rows])
+        """Some kept pairs: records with id, question and answer."""
+        shown = self._shown
+        self._table("some kept pairs", ("id", "question", "answer"), [(r["id"], shown(r["question"]), shown(r["answer"])) for r in rows])
 
     def samples_table(self, before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> None:
-        """Answers of the starting model and of this iteration's, side by side."""
-        if not self._sensitive:
-            self._table("answers without exemplars, before and after", ("question", "before", "after"),
-                        [(a["question"], b["answer"], a["answer"]) for b, a in zip(before, after)])
+        """Answers of the starting model and of this iteration's, side by side: rows with question and answer."""
+        shown = self._shown
+        self._table("answers without exemplars, before and after", ("question", "before", "after"),
+                    [(shown(a["question"]), shown(b["answer"]), shown(a["answer"])) for b, a in zip(before, after, strict=True)])
 
     def cost_table(self, rows: Sequence[dict[str, Any]]) -> None:
-        """What each stage cost."""
+        """What each stage cost: rows of `Ledger.rows`."""
         columns = ("stage", "seconds", "compiling", "prefilled", "generated", "trained", "tokens/s", "peak GiB")
         body = []
         for r in rows:
-            tokens = r["prefilled"] + r["generated"] + r["trained"]
-            rate = f"{tokens / r['seconds']:.0f}" if tokens and r["seconds"] else ""
-            body.append((r["stage"], f"{r['seconds']:.1f}", f"{r['compile_seconds']:.1f}", *(r[k] or "" for k in ("prefilled", "generated", "trained")),
-                         rate, f"{r['peak_gib']:.1f}"))
+            counts = [r[name] for name in ("prefilled", "generated", "trained")]
+            rate = f"{sum(counts) / r['seconds']:.0f}" if sum(counts) and r["seconds"] else ""
+            body.append((r["stage"], f"{r['seconds']:.1f}", f"{r['compile_seconds']:.1f}", *(f"{n:,}" if n else "" for n in counts), rate,
+                         f"{r['peak_gib']:.1f}"))
         self._table("cost", columns, body)
+
+    def _shown(self, text: str) -> str:
+        return f"{len(text)} characters" if self._sensitive else text
 
     def _table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         cells = [[inert(str(c)) for c in row] for row in rows]
-        if self._screen.is_terminal:
-            table = Table(title=title, box=rich.box.SIMPLE, title_justify="left")
+        if self._live:
+            table = Table(title=Text(title), box=rich.box.SIMPLE, title_justify="left")
             for name in columns:
                 table.add_column(name, overflow="fold")
             for row in cells:
-                table.add_row(*(Text(c) for c in row))
+                table.add_row(*(Text(self._encodable(c)) for c in row))
             self._screen.print(table)
         else:
-            self._screen.print(Text(_plain(title, columns, cells)))
+            self._print(_plain(title, columns, cells))
         self._write_log(_plain(title, columns, cells))
 
 
 class Progress:
-    """Counts what is done and says so now and then."""
+    """Counts what is done and says so: at every update, or at most every `seconds` and `share` of the time passed."""
 
-    def __init__(self, total: int, show, *, every: float):
+    def __init__(self, total: int, show: Callable[[int, str], None], seconds: float = 0.0, share: float = 0.0):
         self.total, self.done, self.said = total, 0, ""
-        self._show, self._every, self._start, self._last = show, every, time.perf_counter(), time.perf_counter()
+        self._show, self._pause, self._share = show, seconds, share
+        self._start = self._last = time.perf_counter()
+        self._first: tuple[float, int] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the beginning."""
+        return time.perf_counter() - self._start
 
     def update(self, done: int, **fields: Any) -> None:
-        """So many are done; `fields` are shown beside, `tokens` as a rate."""
+        """So many of the total are done; `fields` are shown beside them, `tokens` (so far) as a rate."""
         self.done, now = done, time.perf_counter()
-        tokens = fields.pop("tokens", None)
+        self._first = self._first or (now, done)
+        tokens = fields.pop("tokens", 0)
         words = [f"{name} {value}" for name, value in fields.items()]
         if tokens:
-            words.append(f"{tokens / (now - self._start):.0f} tokens/s")
+            words.append(f"{tokens / max(now - self._start, 1e-9):.0f} tokens/s")
         self.said = ", ".join(words)
-        if now - self._last >= self._every:
+        if now - self._last >= max(self._pause, self._share * (now - self._start)):
             self._last = now
-            left = (now - self._start) / done * (self.total - done) if done else None
-            self._show(done, self.said + (f", {left:.0f} s left" if left and self._every else ""))
+            self._show(done, ", ".join(words + self._left(now)))
+
+    def _left(self, now: float) -> list[str]:
+        """The time left at the rate since the first update: what came before it is mostly compiling, or was done by an earlier start."""
+        then, before = self._first
+        return [f"{duration((now - then) / (self.done - before) * (self.total - self.done))} left"] if before < self.done < self.total else []
+
+
+# ------------------------------------------------------------------------------------------------------------------------ text
+def duration(seconds: float) -> str:
+    """1.5 s, 2 min 5 s, 3 h 20 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def inert(text: str, *, keep: str = "") -> str:
+    """`text` with control, bidirectional and other invisible characters as escapes, all but those in `keep` and the joiners of ordinary spelling."""
+    hidden = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden and c not in keep and c not in JOINERS else c for c in text)
 
 
 def _plain(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """A table as aligned lines; long cells (texts) go below one another instead."""
-    if any(len(c) > 40 for row in cells for c in row):
-        return "\n".join([f"{title}:", *("  " + "\n  ".join(f"{name}: {c}" for name, c in zip(columns, row)) + "\n" for row in cells)])
+    if any(len(c) > LONG_CELL for row in cells for c in row):
+        return "\n".join([f"{title}:", *("  " + "\n  ".join(f"{name}: {c}" for name, c in zip(columns, row, strict=True)) + "\n" for row in cells)])
     widths = [max(len(row[i]) for row in (columns, *cells)) for i in range(len(columns))]
-    return "\n".join([f"{title}:", *("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in (columns, *cells))])
-
-
-def inert(text: str, *, keep_newlines: bool = False) -> str:
-    """`text` with control, bidirectional and other invisible characters as escapes; line breaks too unless kept."""
-    keep = "\n" if keep_newlines else ""
-    return "".join(c if c in keep or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co") else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in text)
+    return "\n".join([f"{title}:", *("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (columns, *cells))])

@@ -95,16 +95,14 @@ def test_minilm_equals_torch_on_odd_texts(minilm_folder):
 
 
 def test_every_field_changes_the_vectors():
-    model = torch_bert(CFG)  # its weights, as ours
     params = jax.tree.map(lambda x: x * 20 + 0.1, encoder.init_params(CFG, 0))
     base = np.asarray(encoder.encode(params, CFG, TOKENS, LENGTHS))
     for field, value in {"n_heads": 4, "norm_eps": 0.5, "pooling": "cls"}.items():
         other = np.asarray(encoder.encode(params, dataclasses.replace(CFG, **{field: value}), TOKENS, LENGTHS))
         assert np.abs(other - base).max() > 1e-4, field
-    shape = lambda **fields: jax.tree.map(lambda x: x.shape, encoder.init_params(dataclasses.replace(CFG, **fields), 0))
+    shapes = lambda **fields: jax.tree.map(lambda x: x.shape, jax.eval_shape(lambda: encoder.init_params(dataclasses.replace(CFG, **fields), 0)))
     for fields in ({"vocab_size": 20}, {"d_model": 15}, {"n_layers": 1}, {"d_ff": 21}, {"max_positions": 17}, {"n_types": 2}):
-        assert shape(**fields) != shape(), fields
-    assert model.config.type_vocab_size == CFG.n_types
+        assert shapes(**fields) != shapes(), fields
 
 
 def test_what_stands_behind_a_text_changes_nothing():
@@ -116,10 +114,10 @@ def test_what_stands_behind_a_text_changes_nothing():
 @pytest.mark.parametrize("name", [TINY, "minilm"])
 def test_a_vector_is_bit_equal_alone_and_in_any_company(name, request):
     embedder = Embedder.from_source(str(request.getfixturevalue("minilm_folder")) if name == "minilm" else name)
-    texts = [*ODD[:7], *(f"What is the square of {i}, and why?" for i in range(70))]
+    texts = [*ODD[:3], *(f"What is {i}?" for i in range(70)), "Which planet is the largest, and how do we know?"]
     together = embedder.embed(texts)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
-    for i in (0, 3, 5, 40, 76):
+    for i in (0, 3, 40, 73):
         assert np.array_equal(embedder.embed([texts[i]])[0], together[i])
     assert np.array_equal(embedder.embed(texts[::-1])[::-1], together)
 

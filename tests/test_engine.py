@@ -168,7 +168,7 @@ from isara_jax.models import decoder
 from isara_jax.models.config import ModelConfig
 from isara_jax.sharding import make_mesh
 
-cfg = ModelConfig(vocab_size=97, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, rope_theta=5e3)
+cfg = ModelConfig(vocab_size=97, d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, rope_theta=5e3)
 weights = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, decoder.init_params(cfg, 0))
 rng = np.random.default_rng(0)
 requests = [Request(tuple(rng.integers(0, 97, n).tolist()), i, 12, 0.8, 0.9) for i, n in enumerate(rng.integers(1, 60, 40))]

@@ -13,12 +13,13 @@ from isara_jax.data.pool import Pool, Record, pair_id
 
 
 def record(question: str, iteration: int = 0, answer: str = "Because.", **fields) -> Record:
-    return Record(id=pair_id(question, answer), question=question, answer=answer, iteration=iteration, origin="generated" if iteration else "seed",
-                  author="human", source="a book", licence="CC0-1.0", **fields)
+    return Record(id=pair_id(question, answer), question=question, answer=answer, iteration=iteration,
+                  origin="generated" if iteration else "seed", author="human", source="a book", licence="CC0-1.0", **fields)
 
 
 FULL = record("Why?", 1, question_exemplars=("a", "b"), answer_exemplars=("b",), template="t", sampling={"temperature": 0.7},
-              address={"seed": 2**63 - 1, "anchor": "a"}, filters={"novelty": {"verdict": "pass", "score": 0.25}, "parse": {"verdict": "pass", "score": None}})
+              address={"seed": 2**63 - 1, "anchor": "a"},
+              filters={"novelty": {"verdict": "pass", "score": 0.25}, "parse": {"verdict": "pass", "score": None}})
 
 
 def test_what_was_appended_comes_back_in_order(tmp_path):
@@ -91,7 +92,10 @@ def test_damage_is_named(tmp_path, name, text, message):
         pool.snapshot(1)
 
 
-@pytest.mark.parametrize("name, message", [("000-seeds.done", "000-seeds.done is missing, but later"), ("001.jsonl", "001.jsonl cannot be read")])
+@pytest.mark.parametrize("name, message", [
+    ("000-seeds.done", "000-seeds.done is missing, but later"),
+    ("001.jsonl", "001.jsonl cannot be read"),
+])
 def test_missing_files_are_named(tmp_path, name, message):
     pool = Pool(tmp_path)
     pool.append(0, [record("One?")])
@@ -109,7 +113,7 @@ def test_mistakes_of_the_caller_are_value_errors(tmp_path):
     with pytest.raises(ValueError, match="not written yet"):
         pool.snapshot(1)
     for wrong in ([FULL, FULL], [record("Two?")], [record("One?", 1)]):  # an id twice, another iteration, an id that is a seed's
-        with pytest.raises(ValueError, match="another iteration or an id twice"):
+        with pytest.raises(ValueError, match="another iteration, or an id that the pool has"):
             pool.append(1, wrong)
     with pytest.raises(ValueError, match="neither seed nor generated"):
         dataclasses.replace(FULL, origin="human")

@@ -61,7 +61,8 @@ def test_formats_are_told_apart_by_content(tmp_path, name, content):
 
 
 def test_quoted_newlines_delimiters_and_quotes(tmp_path):
-    seed_set = load(tmp_path, "a.csv", 'question,answer\n"What does ""a;b"" mean,\r\nand why?","One, two;\nthree."\nWhat is ice?,It is frozen water.\n')
+    content = 'question,answer\n"What does ""a;b"" mean,\r\nand why?","One, two;\nthree."\nWhat is ice?,It is frozen water.\n'
+    seed_set = load(tmp_path, "a.csv", content)
     assert texts(seed_set) == [('What does "a;b" mean,\nand why?', "One, two;\nthree."), TWO[1]]
     assert [p.row for p in seed_set.pairs] == [2, 3]
 
@@ -72,7 +73,8 @@ def test_rows_are_numbered_as_an_editor_shows_them(tmp_path):
 
 
 def test_alpaca_input_follows_its_instruction(tmp_path):
-    rows = [{"instruction": "Sort these notes.", "input": "G, B, E", "output": "B, E, G"}, {"instruction": "Say hello.", "input": "", "output": "Hello."}]
+    rows = [{"instruction": "Sort these notes.", "input": "G, B, E", "output": "B, E, G"},
+            {"instruction": "Say hello.", "input": "", "output": "Hello."}]
     assert texts(load(tmp_path, "a.json", json.dumps(rows))) == [("Sort these notes.\nG, B, E", "B, E, G"), ("Say hello.", "Hello.")]
     assert texts(load(tmp_path, "b.jsonl", lines({"question": "Why?", "input": "x", "answer": "So."}))) == [("Why?", "So.")]
 
@@ -83,7 +85,8 @@ def test_columns_by_name(tmp_path):
 
 
 def test_a_choice_between_columns_is_said(tmp_path):
-    seed_set = load(tmp_path, "a.jsonl", lines({"completion": "C.", "question": "Q?", "answer": "A."}, {"completion": "C.", "question": "R?", "answer": "B."}))
+    rows = [{"completion": "C.", "question": "Q?", "answer": "A."}, {"completion": "C.", "question": "R?", "answer": "B."}]
+    seed_set = load(tmp_path, "a.jsonl", lines(*rows))
     assert texts(seed_set) == [("Q?", "A."), ("R?", "B.")]
     assert len(seed_set.warnings) == 1 and "from the column 'answer', not from 'completion'" in seed_set.warnings[0]
 
@@ -104,8 +107,9 @@ def test_provenance_from_the_row_then_the_config_then_unknown(tmp_path):
 
 def test_pairs_from_python():
     assert texts(from_pairs(TWO, Data(**KNOWN))) == texts(from_pairs(ROWS, Data(**KNOWN))) == TWO
-    assert from_pairs([{"q": "Why?", "a": "So."}], Data(question="q", answer="a", **KNOWN)).pairs == (Seed("Why?", "So.", *KNOWN.values(), 1),)
-    with pytest.raises(UserError, match="the pairs given has 2 problems.*\n  item 2: must be .question, answer.*'x'\n  item 3: the answer .* is empty"):
+    one = from_pairs([{"q": "Why?", "a": "So."}], Data(question="q", answer="a", **KNOWN))
+    assert one.pairs == (Seed("Why?", "So.", "human", "a book", "CC0-1.0", 1),)
+    with pytest.raises(UserError, match="2 problems.*\n  item 2: must be .question, answer.*'x'\n  item 3: the answer .* is empty"):
         from_pairs([TWO[0], "x", ("a", "")], Data())
     with pytest.raises(UserError, match="holds no pairs"):
         from_pairs([], Data())
@@ -138,21 +142,26 @@ PROBLEMS = {
     "broken JSON": ("a.json", '[\n{"question": "a", "answer": "b"},\n{"question": \n]', "a.json, line 4: not valid JSON"),
     "JSON cut short": ("a.json", json.dumps(ROWS, indent=2)[:-40], r"a.json, line \d+: not valid JSON"),
     "no objects": ("a.json", '[["Why?", "So."]]', "a.json, item 1: must be an object with named fields, but is a list"),
-    "no list": ("a.json", "3", "a.json holds a int"),
+    "no list": ("a.json", "3", "a.json holds a number"),
     "several lists": ("a.json", json.dumps({"train": ROWS, "test": ROWS}), "several lists: train, test"),
-    "wrong columns": ("a.csv", "frage,antwort\na,b\n", "no column is called question, prompt or instruction. Columns found: 'frage', 'antwort'. The first row"),
+    "wrong columns": ("a.csv", "frage,antwort\na,b\n", 
+                      r"no column for questions .question, prompt.* or for answers .*which the first row must name: 'frage', 'antwort'"),
+    "asked column": ("a.csv", "a b,answer\nx,y\n", r"no column for questions \(ab\).*--config.data.question='a b'"),
+    "one column for both": ("a.csv", "text,x\ny,z\n", "'text' cannot hold both"),
     "near column": ("a.jsonl", lines({"questions": "a", "answer": "b"}), "--config.data.question=questions"),
-    "empty answer": ("a.csv", "question,answer\nWhy?, \nHow?\n", r"a.csv has 2 problems.*\n  row 2: the answer .* is empty\n  row 3: the answer .* is empty"),
+    "empty answer": ("a.csv", "question,answer\nWhy?, \nHow?\n", r"2 problems.*\n  row 2: the answer .* is empty\n  row 3: .* empty"),
     "missing answer": ("a.jsonl", GOOD + lines({"question": "x"}), r"line 3: the answer \(column 'answer'\) is missing"),
     "null": ("a.jsonl", GOOD + lines({"question": None, "answer": "x"}), "line 3: the question .* is empty"),
-    "number": ("a.jsonl", GOOD + lines({"question": "x", "answer": 42}), r"line 3: the answer \(column 'answer'\) must be text, but is a int: 42"),
+    "number": ("a.jsonl", GOOD + lines({"question": "x", "answer": 42}), r"line 3: the answer .* must be text, but is a number \(42\)"),
     "half a character": ("a.jsonl", '{"question": "a\\ud800", "answer": "b"}', "half of a surrogate pair"),
     "too long": ("a.jsonl", GOOD + lines({"question": "x" * 10_000, "answer": "y" * 10_000}), "line 3: the pair has 20,000 characters"),
-    "duplicate": ("a.jsonl", GOOD + lines({"question": "What  is ICE?", "answer": "it is frozen water."}), "line 3: the same question and answer as line 2"),
+    "duplicate": ("a.jsonl", GOOD + lines({"question": "What  is ICE?", "answer": "it is frozen water."}),
+                  "line 3: the same question and answer as line 2"),
     "too many fields": ("a.csv", "question,answer\nWhy?,So, it is.\n", "row 2: has 3 fields, but the header has 2"),
     "open quote": ("a.csv", 'question,answer\nWhy?,So.\n"How?,x\ny,z\n', "row 3: a quote is not closed .* begins in line 3"),
     "column twice": ("a.csv", "question,answer,answer\na,b,c\n", "the column 'answer' is there twice"),
-    "cp1252": ("a.csv", "question,answer\nWhy?,So.\nCaf\xe9?,Oui.\n".encode("cp1252"), r"a.csv, line 3: byte 0xe9 \(it would be 'é'.*iconv -f CP1252 -t UTF-8 a.csv"),
+    "cp1252": ("a.csv", "question,answer\nWhy?,So.\nCaf\xe9?,Oui.\n".encode("cp1252"),
+               r"a.csv, line 3: byte 0xe9 \(it would be 'é'.*iconv -f CP1252 -t UTF-8 a.csv"),
     "neither UTF-8 nor cp1252": ("a.csv", b"question,answer\n\x81,\xff\n", "line 2: byte 0x81 is not UTF-8. Save"),
     "UTF-16": ("a.csv", CSV.encode("utf-16"), "iconv -f UTF-16"),
     "NUL": ("a.csv", CSV.encode("utf-16-le"), "line 1: holds NUL bytes"),
@@ -161,11 +170,14 @@ PROBLEMS = {
 }
 
 
+ASKED = {"asked column": {"question": "ab"}, "one column for both": {"question": "text", "answer": "TEXT"}}
+
+
 @pytest.mark.parametrize("case", PROBLEMS)
 def test_problems_are_named_with_file_row_and_next_step(tmp_path, case):
     name, content, message = PROBLEMS[case]
     with pytest.raises(UserError, match=f"(?s){message}") as e:
-        load(tmp_path, name, content)
+        load(tmp_path, name, content, **ASKED.get(case, {}))
     assert str(tmp_path / name) in str(e.value)
 
 
@@ -194,7 +206,7 @@ def pairs(*questions):
     return [Seed(q, f"Answer {i}.", *KNOWN.values(), i) for i, q in enumerate(questions)]
 
 
-DISTINCT = pairs(*(f"{a}{i} {b}{i} {c}{i}?" for i, (a, b, c) in enumerate(itertools.product("xyz", "uvw", "rst"))))  # 27 without a shared word
+DISTINCT = pairs(*(f"x{i} y{i} z{i}?" for i in range(27)))  # no two share a word
 
 
 def test_chains_of_near_questions_are_one_component():
@@ -217,7 +229,8 @@ def test_components_agree_with_a_plain_search():
     assert len(set(zip(labels, found))) == len(set(labels)) == len(set(found))  # the same partition
 
 
-@pytest.mark.parametrize("n, share, held", [(7, 0.125, 0), (8, 0.125, 4), (16, 0.125, 4), (27, 0.125, 4), (27, 0.25, 7), (27, 0.5, 13), (27, 0.0, 0)])
+@pytest.mark.parametrize("n, share, held", [
+    (7, 0.125, 0), (8, 0.125, 4), (16, 0.125, 4), (27, 0.125, 4), (27, 0.25, 7), (27, 0.5, 13), (27, 0.0, 0)])
 def test_an_eighth_and_at_least_four_are_held_out(n, share, held):
     train, held_out = split_holdout(DISTINCT[:n], share)
     assert len(held_out) == held and len(train) == n - held
@@ -231,7 +244,8 @@ def test_the_split_does_not_depend_on_the_order_of_the_rows():
 
 
 def test_near_duplicates_stay_on_one_side():
-    family = pairs(*(f"What is the colour of a {x} in winter?" for x in ("fox", "bear", "hare", "wolf", "deer", "mink")), *(p.question for p in DISTINCT[:12]))
+    near = [f"What is the colour of a {x} in winter?" for x in ("fox", "bear", "hare", "wolf", "deer", "mink")]
+    family = pairs(*near, *(p.question for p in DISTINCT[:12]))
     for share in (0.1, 0.2, 0.3, 0.4, 0.5):
         train, held_out = split_holdout(family, share)
         assert len({p in held_out for p in family[:6]}) == 1 and 4 <= len(held_out) <= 9

@@ -16,14 +16,15 @@ from isara_jax.common import UserError, atomic_write, content_hash, dump_line
 
 FORMAT = 1                  # of a segment's lines and marker; raised when they change
 DIGITS = 6                  # of the filters' scores
+WAY_OUT = "Restore it or start with another --workdir."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """A pair with everything that led to it.
 
-    `question_exemplars` and `answer_exemplars` are the ids of the pairs in its two prompts, `template` the hash of their form, `address` the
-    coordinates of its random draws, `filters` maps a filter's name to {"verdict": …, "score": … or None}. Seeds leave these empty.
+    `question_exemplars` and `answer_exemplars` are the ids of the pairs in its two prompts, `template` the hash of their form, `address`
+    the coordinates of its random draws, `filters` maps a filter's name to {"verdict": …, "score": … or None}. Seeds leave these empty.
     """
 
     id: str
@@ -65,7 +66,7 @@ def pair_id(question: str, answer: str) -> str:
 
 
 class Pool:
-    """The segments in a folder: `000-seeds.jsonl`, `001.jsonl`, …, each with a marker `.done` beside it that holds rows, hash and format."""
+    """The segments in a folder: `000-seeds.jsonl`, `001.jsonl`, …, each with a marker `.done` beside it: rows, hash, format."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -82,7 +83,8 @@ class Pool:
         known = {r.id for r in self.snapshot(iteration - 1)} if iteration else set()
         for record in records:
             if record.iteration != iteration or record.id in known:
-                raise ValueError(f"record {record.id} of iteration {record.iteration} in segment {iteration}: another iteration or an id twice")
+                raise ValueError(f"record {record.id} of iteration {record.iteration} in segment {iteration}: another iteration, "
+                                 "or an id that the pool has already")
             known.add(record.id)
         data = "".join(dump_line(r.to_row()) for r in records).encode()
         segment, marker = self._paths(iteration)
@@ -94,7 +96,10 @@ class Pool:
         atomic_write(marker, dump_line({"rows": len(records), "sha256": hashlib.sha256(data).hexdigest(), "format": FORMAT}))
 
     def snapshot(self, iteration: int) -> list[Record]:
-        """All records up to and with an iteration, in order. Raises `UserError` for a damaged segment, ValueError for one not written yet."""
+        """All records up to and with an iteration, in order.
+
+        Raises `UserError` for a damaged segment and ValueError for one that is not written yet.
+        """
         if iteration > self.last():
             raise ValueError(f"segment {iteration} is not written yet: the last one is {self.last()}")
         return [Record.from_row(json.loads(line)) for t in range(iteration + 1) for line in self._read(t).split(b"\n")[:-1]]
@@ -104,7 +109,7 @@ class Pool:
         names = (path.stem.removesuffix("-seeds") for path in self.folder.glob("*.done"))
         done = {int(name) for name in names if name.isdecimal()}
         for missing in sorted(set(range(max(done, default=-1))) - done):
-            raise UserError(f"{self._paths(missing)[1]} is missing, but later segments are there. Restore it or start with another --workdir.")
+            raise UserError(f"{self._paths(missing)[1]} is missing, but later segments are there. {WAY_OUT}")
         return max(done, default=-1)
 
     def _paths(self, iteration: int) -> tuple[Path, Path]:
@@ -118,15 +123,16 @@ class Pool:
             mark = json.loads(marker.read_bytes())
             version, rows, digest = mark["format"], mark["rows"], mark["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{marker} is damaged. Restore it or start with another --workdir.") from None
+            raise UserError(f"{marker} is damaged. {WAY_OUT}") from None
         if version != FORMAT:
-            raise UserError(f"{marker} has format {version}; this version of isara_jax reads format {FORMAT}. Continue with the version that "
-                            "wrote it (versions.json names it), or start with another --workdir.")
+            raise UserError(f"{marker} has format {version}; this version of isara_jax reads format {FORMAT}. Continue with the version "
+                            "that wrote it (versions.json names it), or start with another --workdir.")
         try:
             data = segment.read_bytes()
         except OSError as e:
-            raise UserError(f"{segment} cannot be read: {e.strerror}. Restore it or start with another --workdir.") from None
+            raise UserError(f"{segment} cannot be read: {e.strerror}. {WAY_OUT}") from None
         if hashlib.sha256(data).hexdigest() != digest:
-            raise UserError(f"{segment} was changed or damaged after it was written ({data.count(bytes([10]))} rows, {rows} expected, other "
-                            "SHA-256). Restore it or start with another --workdir.")
+            found = data.count(b"\n")
+            raise UserError(f"{segment} was changed or damaged after it was written ({found} rows, {rows} expected, other SHA-256). "
+                            f"{WAY_OUT}")
         return data

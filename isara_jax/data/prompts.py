@@ -117,7 +117,7 @@ class Template:
         return tuple((text, is_template) for text, is_template in segments if text)
 
     def _render(self, messages: list[dict[str, str]], open_answer: bool) -> str:
-        """With an empty system turn, since some templates put an instruction of their own where there is none; without, where one is refused."""
+        """With an empty system turn, as some templates put an instruction of their own where there is none; without one where it is refused."""
         try:
             return self.render_chat([{"role": "system", "content": ""}, *messages], add_generation_prompt=open_answer)
         except UserError:
@@ -138,14 +138,14 @@ def fit(exemplars: Sequence[Any], build: Callable[[Sequence[Any]], Segments], co
     used = list(exemplars)
     while (size := count(segments := build(used))) > budget:
         if not used:
-            raise UserError(f"a prompt without exemplars already has {size} tokens, but only {budget} are allowed (prompt.budget, or the context "
-                            "less the new tokens). Shorten the pairs, or take a model with a longer context.")
+            raise UserError(f"a prompt without exemplars already has {size} tokens, but only {budget} are allowed (config.prompt.budget, or the "
+                            "context less the new tokens). Raise the budget, shorten the questions, or take a model with a longer context.")
         used.pop()
     return segments, used
 
 
 def show(segments: Segments) -> str:
-    """The prompt as one text."""
+    """The prompt as one text, as the model sees it."""
     return "".join(text for text, _ in segments)
 
 
@@ -155,6 +155,8 @@ def marker_warnings(pairs: Sequence[Any], template: Template) -> list[str]:
         return []
     opens = tuple(stop.strip("\n") for stop in template.stops("question"))
     rows = [str(p.row) for p in pairs if any(line.startswith(opens) for text in (p.question, p.answer) for line in text.split("\n"))]
-    return [f"{len(rows)} seed(s) hold {' or '.join(map(repr, opens))} at the start of a line (rows {', '.join(rows[:10])}{', …' * (len(rows) > 10)}): "
-            "generated text ends there or is rejected. Set --config.prompt.question_marker and --config.prompt.answer_marker to something the seeds "
-            "do not hold."] if rows else []
+    if not rows:
+        return []
+    return [f"{len(rows)} seed(s) hold {' or '.join(map(repr, opens))} at the start of a line (rows {', '.join(rows[:10])}"
+            f"{', …' if len(rows) > 10 else ''}): generated text ends there or is rejected. Set --config.prompt.question_marker and "
+            "--config.prompt.answer_marker to something the seeds do not hold."]

@@ -16,7 +16,7 @@ from rapidfuzz.distance import LCSseq
 from isara_jax import config
 from isara_jax.common import UserError, content_hash
 from isara_jax.data import rouge
-from isara_jax.data.tables import Row, Table, read_table, short
+from isara_jax.data.tables import Row, Table, describe, read_table, short
 
 COLUMNS = {"question": ("question", "prompt", "instruction"), "answer": ("answer", "response", "output", "completion")}
 PROVENANCE = {"author": ("author",), "source": ("source",), "licence": ("licence", "license")}
@@ -94,7 +94,7 @@ def _locate(name: str) -> Path:
 def built_in() -> dict[str, Path]:
     """The seed sets that come with the package, by name."""
     try:
-        folder = Path(str(importlib.resources.files("isara_jax.configs"))) / "data"
+        folder = Path(str(importlib.resources.files("isara_jax.configs").joinpath("data")))
     except ModuleNotFoundError:  # a checkout that is not installed: configs/ lies beside the package
         folder = Path(__file__).resolve().parents[2] / "configs" / "data"
     return {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
@@ -108,10 +108,7 @@ def _check(table: Table, data: config.Data, name: str) -> SeedSet:
     warnings: list[str] = []
     pairs, problems = [], {}
     if any(row.values is not None for row in rows):
-        names = {kind: _column(table, kind, getattr(data, kind), warnings) for kind in COLUMNS}
-        if names["question"] == names["answer"]:
-            raise UserError(f"{table.path}: the column {names['question']!r} cannot hold both the questions and the answers. "
-                            "Set --config.data.question and --config.data.answer.")
+        names = _columns(table, data, warnings)
         extra = {kind: _first(table.columns, known) for kind, known in PROVENANCE.items()}
         for row in rows:
             made = row.problem or _pair(row, names, extra, data)
@@ -138,21 +135,26 @@ def _first(columns: Iterable[str], known: Sequence[str]) -> str | None:
     return next((folded[name] for name in known if name in folded), None)
 
 
-def _column(table: Table, kind: str, asked: str, warnings: list[str]) -> str:
-    """The column of the questions or answers: the one asked for, else the first with a usual name."""
-    known = COLUMNS[kind]
-    found = asked if asked in table.columns else _first(table.columns, [asked.strip().casefold()] if asked else known)
-    if found is None:
-        near = _near(table.columns, [asked] if asked else known)
-        flag = f"--config.data.{kind}={repr(near) if near and ' ' in near else near or 'COLUMN'}"
-        missing = f"there is no column {asked!r}" if asked else f"no column is called {', '.join(known[:-1])} or {known[-1]}"
+def _columns(table: Table, data: config.Data, warnings: list[str]) -> dict[str, str]:
+    """The columns of the questions and of the answers: those asked for, else the first with a usual name."""
+    asked = {kind: getattr(data, kind) for kind in COLUMNS}
+    usual = {kind: [asked[kind].strip().casefold()] if asked[kind] else known for kind, known in COLUMNS.items()}
+    found = {kind: asked[kind] if asked[kind] in table.columns else _first(table.columns, usual[kind]) for kind in COLUMNS}
+    if missing := [kind for kind in COLUMNS if found[kind] is None]:
         there = ", ".join(map(repr, table.columns[:20])) or "none"
-        first_row = " The first row must name the columns." if table.unit == "row" else ""
-        raise UserError(f"{table.path}: {missing}. Columns found: {there}.{first_row} Name the one that holds the {kind}s with {flag}.")
-    others = [c for c in table.columns if c != found and c.strip().casefold() in known]
-    if others and not asked:
-        warnings.append(f"{table.path}: the {kind}s are taken from the column {found!r}, not from {', '.join(map(repr, others))}; "
-                        f"--config.data.{kind}=COLUMN takes another")
+        first_row = ", which the first row must name" if table.unit == "row" else ""
+        looked_for = " or for ".join(f"{kind}s ({', '.join([asked[kind]] if asked[kind] else usual[kind])})" for kind in missing)
+        near = {kind: _near(table.columns, usual[kind]) or "COLUMN" for kind in missing}
+        flags = " ".join(f"--config.data.{kind}={repr(near[kind]) if ' ' in near[kind] else near[kind]}" for kind in missing)
+        raise UserError(f"{table.path}: no column for {looked_for}. Columns found{first_row}: {there}. Say which to take with {flags}.")
+    if found["question"] == found["answer"]:
+        raise UserError(f"{table.path}: the column {found['question']!r} cannot hold both the questions and the answers. "
+                        "Set --config.data.question and --config.data.answer.")
+    for kind, known in COLUMNS.items():
+        others = [c for c in table.columns if c != found[kind] and c.strip().casefold() in known]
+        if others and not asked[kind]:
+            warnings.append(f"{table.path}: the {kind}s are taken from the column {found[kind]!r}, not from "
+                            f"{', '.join(map(repr, others))}; --config.data.{kind}=COLUMN takes another")
     return found
 
 
@@ -179,7 +181,7 @@ def _pair(row: Row, names: dict[str, str], extra: dict[str, str | None], data: c
         if value is None or isinstance(value, str) and not value.strip():
             return f"the {kind} (column {column!r}) is {'empty' if column in row.values else 'missing'}"
         if not isinstance(value, str):
-            return f"the {kind} (column {column!r}) must be text, but is a {type(value).__name__}: {short(value)}"
+            return f"the {kind} (column {column!r}) must be text, but is {describe(value)}"
         if any("\ud800" <= c <= "\udfff" for c in value):
             return f"the {kind} (column {column!r}) holds half of a surrogate pair, which is no character: {short(value)}"
         texts[kind] = value.strip().replace("\r\n", "\n").replace("\r", "\n")
@@ -220,8 +222,9 @@ def _warnings(table: Table, pairs: Sequence[Seed]) -> list[str]:
     for field in PROVENANCE:
         unknown = sum(getattr(p, field) == "unknown" for p in pairs)
         if unknown:
-            out.append(f"{table.path}: the {field} of {'the' if unknown == len(pairs) else f'{unknown} of the'} seeds is unknown, and every "
-                       f"generated pair inherits that; say it with --config.data.{field}=… or a column {field!r}")
+            which = "the" if unknown == len(pairs) else f"{unknown} of the"
+            out.append(f"{table.path}: the {field} of {which} seeds is unknown, and every generated pair inherits that; "
+                       f"say it with --config.data.{field}=… or a column {field!r}")
     rows: dict[str, list[int]] = defaultdict(list)
     for p in pairs:
         rows[normalise(p.question)].append(p.row)
@@ -232,7 +235,8 @@ def _warnings(table: Table, pairs: Sequence[Seed]) -> list[str]:
     if len(pairs) == 1:
         out.append(f"{table.path}: there is only one seed, so every new pair will resemble it and nothing can be held out")
     if len(pairs) > MANY:
-        out.append(f"{table.path}: {len(pairs):,} seeds; this works, but the method is meant for fewer than 100 (--config.data.limit=N uses the first N)")
+        out.append(f"{table.path}: {len(pairs):,} seeds; this works, but the method is meant for fewer than 100 "
+                   "(--config.data.limit=N uses the first N)")
     return out
 
 
@@ -242,7 +246,8 @@ def split_holdout(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list
 
     Whole components (see `components`) are held out, in the order of a hash of their content, until `share` of the pairs and at
     least 4 are: the outcome depends neither on the order of the rows nor on their file. A component that would take more than twice
-    that, or leave fewer pairs to train on than are held out, is passed over. Nothing is held out at share 0, under 8 pairs, or where 4 cannot be.
+    that, or leave fewer pairs to train on than are held out, is passed over. Nothing is held out at share 0, under 8 pairs, or where
+    4 cannot be.
     """
     target = max(HELD_OUT, math.ceil(share * len(pairs)))
     if not share or len(pairs) < SPLITTABLE:
@@ -269,12 +274,11 @@ def components(questions: Sequence[str], threshold: float = NEAR) -> np.ndarray:
     distinct = [list(key) if isinstance(key, tuple) else [] for key in firsts]
     lengths = np.array([len(w) for w in distinct])
     labels = np.arange(len(distinct))
-    for start in range(0, len(distinct), 256):  # blocks of rows keep the matrix small
-        block = slice(start, start + 256)
-        common = process.cdist(distinct[block], distinct, scorer=LCSseq.similarity, dtype=np.int32)
-        near = rouge.f_of_lengths(common, lengths[block, None], lengths) > threshold
+    for start in range(0, len(distinct), 256):  # blocks of rows keep the matrix small; each meets itself and what follows
+        common = process.cdist(distinct[start:start + 256], distinct[start:], scorer=LCSseq.similarity, dtype=np.int32)
+        near = rouge.f_of_lengths(common, lengths[start:start + 256, None], lengths[start:]) > threshold
         for i, row in enumerate(near, start):
-            touched = np.unique(np.append(labels[row], labels[i]))
+            touched = np.unique(np.append(labels[start:][row], labels[i]))
             if len(touched) > 1:
                 labels[np.isin(labels, touched)] = touched[0]
     return labels[place]

@@ -120,15 +120,16 @@ def _json(path: Path, text: str, suffix: str) -> tuple[str, tuple[Row, ...]]:
         first = text.strip().split("\n", 1)[0].rstrip().rstrip(",")
         if suffix in _JSON_LINES or first.startswith("{") and first.endswith("}"):
             return "line", tuple(_json_lines(text))
-        where = f", line {e.lineno}: not valid JSON ({e.msg}, column {e.colno})" if isinstance(e, json.JSONDecodeError) else ": not usable JSON"
-        raise UserError(f"{path}{where}. Mend it there; nothing was read.") from None
+        known = isinstance(e, json.JSONDecodeError)  # else a number of thousands of digits, or brackets thousands deep
+        what = f", line {e.lineno}: not valid JSON ({e.msg}, column {e.colno})" if known else ": not usable JSON"
+        raise UserError(f"{path}{what}. Mend it there; nothing was read.") from None
     if isinstance(whole, dict):
         lists = {key: value for key, value in whole.items() if isinstance(value, list) and any(isinstance(v, dict) for v in value)}
         if len(lists) > 1:
             raise UserError(f"{path} holds several lists: {', '.join(lists)}. Keep only the one with the pairs, or save it alone.")
         whole = next(iter(lists.values()), [whole])
     if not isinstance(whole, list):
-        raise UserError(f"{path} holds {_kind(whole)}. It must hold a list of objects such as {{\"question\": …, \"answer\": …}}.")
+        raise UserError(f"{path} holds {describe(whole)}. It must hold a list of objects such as {{\"question\": …, \"answer\": …}}.")
     return "item", tuple(_json_row(number, value) for number, value in enumerate(whole, 1))
 
 
@@ -140,16 +141,20 @@ def _json_lines(text: str) -> Iterator[Row]:
             yield _json_row(number, json.loads(line))
         except json.JSONDecodeError as e:
             yield Row(number, None, f"not valid JSON ({e.msg}, column {e.colno}): {short(line)}")
-        except (ValueError, RecursionError):  # a number of thousands of digits, or brackets thousands deep
+        except (ValueError, RecursionError):
             yield Row(number, None, f"not usable JSON: {short(line)}")
 
 
 def _json_row(number: int, value: Any) -> Row:
-    return Row(number, value) if isinstance(value, dict) else Row(number, None, f"must be an object with named fields, but is {_kind(value)}")
+    if isinstance(value, dict):
+        return Row(number, value)
+    return Row(number, None, f"must be an object with named fields, but is {describe(value)}")
 
 
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__} ({short(value)})"
+def describe(value: Any) -> str:
+    """What a value is, and the value, for a message: a number (42)."""
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null"}
+    return f"{names.get(type(value), type(value).__name__)} ({short(value)})"
 
 
 def short(value: Any, size: int = 40) -> str:
@@ -182,8 +187,8 @@ def _records(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | None,
         except StopIteration:
             return
         except csv.Error:
-            yield number, None, (f"a quote is not closed or not doubled in the text that begins in line {line} of the file: write \"\" for a quote "
-                                 "inside quoted text. What follows was not read")
+            yield number, None, (f"a quote is not closed or not doubled in the text that begins in line {line} of the file: "
+                                 'write "" for a quote inside quoted text. What follows was not read')
             return
 
 
@@ -202,5 +207,5 @@ def _csv_row(number: int, fields: list[str] | None, problem: str, columns: tuple
     if fields is None:
         return Row(number, None, problem)
     if any(map(str.strip, fields[len(columns):])):
-        return Row(number, None, f"has {len(fields)} fields, but the header has {len(columns)}: put text that holds the delimiter in quotes")
+        return Row(number, None, f"has {len(fields)} fields, but the header has {len(columns)}: quote text that holds the delimiter")
     return Row(number, dict(zip(columns, fields + [""] * (len(columns) - len(fields)))))

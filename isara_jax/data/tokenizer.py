@@ -25,11 +25,9 @@ class _Splits:
     """What both tokenizers do with the boundary of a pair, from their `encode`."""
 
     def encode_segments(self, segments: Segments, *, bos: bool = True) -> list[int]:
-        """Segments encoded apart from one another and joined."""
-        ids = [self.bos_id] if bos and self.adds_bos else []
-        for text, is_template in segments:
-            ids += self._ids(text, is_template)
-        return ids
+        """Segments encoded apart from one another and joined; a template that spells BOS itself is not given a second one."""
+        ids = [i for text, is_template in segments for i in self._ids(text, is_template)]
+        return [self.bos_id, *ids] if bos and self.adds_bos and ids[:1] != [self.bos_id] else ids
 
     def encode_pair(self, prompt: str | Segments, continuation: str) -> tuple[list[int], list[int]]:
         """(prompt ids, continuation ids), split as lm-evaluation-harness does.
@@ -39,13 +37,12 @@ class _Splits:
         """
         segments = [(prompt, False)] if isinstance(prompt, str) else list(prompt)
         text, is_template = segments[-1] if segments else ("", False)
-        head = self.encode_segments(segments[:-1])
         if is_template:
-            return head + self._ids(text, True), self._ids(continuation, False)
+            return self.encode_segments(segments), self._ids(continuation, False)
         kept = text.rstrip()
         alone = self._ids(kept, False)
         whole = self._ids(text + continuation, False)
-        return head + alone, whole[len(alone):]
+        return self.encode_segments(segments[:-1]) + alone, whole[len(alone):]
 
 
 class Tokenizer(_Splits):

@@ -4,6 +4,7 @@ Requests of like size share an engine; free slots are refilled while others go o
 """
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Callable, Iterable, Iterator, Sequence
 
@@ -96,12 +97,10 @@ def generate(params: Params, cfg: ModelConfig, config: EngineConfig, mesh: Mesh,
 
 
 def capacities(key_block: int) -> Iterator[int]:
-    """The ladder of capacities: multiples of the key block, about a third to a half apart, so that few programs are compiled."""
-    step = blocks = 1
-    while True:
-        yield blocks * key_block
-        blocks += step
-        step = max(1, 1 << (blocks.bit_length() - 2))
+    """The ladder of capacities: 1, 2, 3, 4, 6, 8, 12, 16, … key blocks. Few rungs, so that few programs are compiled."""
+    yield key_block
+    for doublings in itertools.count():
+        yield from (2 * key_block << doublings, 3 * key_block << doublings)
 
 
 def _groups(needs: Sequence[int], key_block: int) -> list[tuple[int, list[int]]]:

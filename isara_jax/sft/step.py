@@ -14,9 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from isara_jax.config import Sft
+from isara_jax.data.batching import Batch
 from isara_jax.models import decoder
 from isara_jax.models.config import ModelConfig
-from isara_jax.models.layers import causal_attention
+from isara_jax.sft.attention import packed_attention
 from isara_jax.sft.loss import nll_sum
 from isara_jax.sft.optim import optimizer
 from isara_jax.sharding import ShardingConfig, param_shardings, row_devices
@@ -61,17 +62,17 @@ def init_state(params: decoder.Params, cfg: ModelConfig, sft: Sft, mesh: Mesh) -
 
 @functools.lru_cache(maxsize=8)
 def train_step(cfg: ModelConfig, sft: Sft, mesh: Mesh, dtype: str):
-    """The compiled step (state, tokens, targets, loss_mask [B, T], rate) -> (state, `Metrics`); the state handed in is consumed.
+    """The compiled step (state, `Batch` on the mesh, learning rate) -> (state, `Metrics`); the state handed in is consumed.
 
     The gradient is of the mean loss over the supervised tokens of the batch, of which there must be one.
     """
     tx = optimizer(sft)
 
-    def step(state, tokens, targets, loss_mask, rate):
-        count = jnp.sum(loss_mask)
+    def step(state, batch, rate):
+        count = jnp.sum(batch.loss_mask)
 
         def mean_loss(params):
-            total = _nll(params, cfg, mesh, dtype, tokens, targets, loss_mask)
+            total = _nll(params, cfg, mesh, dtype, batch)
             return total / count, total
 
         (_, total), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
@@ -79,29 +80,25 @@ def train_step(cfg: ModelConfig, sft: Sft, mesh: Mesh, dtype: str):
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         return TrainState(params, opt), Metrics(total, count, optax.global_norm(grads))
 
-    state, rows, whole = _places(abstract_state(cfg, sft, mesh)), NamedSharding(mesh, ShardingConfig().tokens_bt), NamedSharding(mesh, P())
-    return jax.jit(step, donate_argnums=0, in_shardings=(state, rows, rows, rows, whole), out_shardings=(state, whole))
+    state, whole = _places(abstract_state(cfg, sft, mesh)), NamedSharding(mesh, P())
+    rows = NamedSharding(mesh, ShardingConfig().tokens_bt)
+    return jax.jit(step, donate_argnums=0, in_shardings=(state, rows, whole), out_shardings=(state, whole))
 
 
 @functools.lru_cache(maxsize=8)
 def eval_step(cfg: ModelConfig, mesh: Mesh, dtype: str):
-    """The compiled (params, tokens, targets, loss_mask [B, T]) -> (summed loss, supervised tokens); any tree of parameters."""
-
-    def step(params, tokens, targets, loss_mask):
-        return _nll(params, cfg, mesh, dtype, tokens, targets, loss_mask), jnp.sum(loss_mask)
-
-    return jax.jit(step)
+    """The compiled (params, `Batch` on the mesh) -> (summed loss, supervised tokens); params with layers stacked or apart."""
+    return jax.jit(lambda params, batch: (_nll(params, cfg, mesh, dtype, batch), jnp.sum(batch.loss_mask)))
 
 
-def _nll(params, cfg, mesh, dtype, tokens, targets, loss_mask):
-    """Summed loss of a batch; kernels are multiplied in `dtype`, the embedding is looked up in float32."""
-    cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
-    layers = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if path[-1].key == "kernel" else x, params["layers"])
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    attend = causal_attention(jnp.dtype(dtype))
-    hidden, _ = decoder.forward({**params, "layers": layers}, cfg, tokens, positions, attend, remat=True)
-    head = {name: cast(params[name]) for name in (("embed",) if cfg.tie_embeddings else ("head",))}
-    return nll_sum(head, cfg, row_devices(mesh), hidden, targets, loss_mask)
+def _nll(params: decoder.Params, cfg: ModelConfig, mesh: Mesh, dtype: str, batch: Batch) -> jax.Array:
+    """Summed loss of a batch. Kernels are multiplied in `dtype`; the embedding is looked up, and its gradient summed, in float32."""
+    cast = lambda path, x: x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x
+    layers = jax.tree_util.tree_map_with_path(cast, params["layers"])
+    attend = packed_attention(jnp.dtype(dtype), batch.segments)
+    hidden, _ = decoder.forward({**params, "layers": layers}, cfg, batch.tokens, batch.positions, attend, remat=True)
+    head = jax.tree_util.tree_map_with_path(cast, {"embed": params["embed"]} if cfg.tie_embeddings else {"head": params["head"]})
+    return nll_sum(head, cfg, row_devices(mesh), hidden, batch.targets, batch.loss_mask)
 
 
 def _places(tree: Any) -> Any:

@@ -1,0 +1,22 @@
+"""ISARA on a real 135M model, from 16 question-answer pairs on common misconceptions.
+
+    make quickstart
+    python -m isara_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Two iterations on two CPU cores; both models are fetched when they are not there yet (182 MB). Afterwards read
+runs/quickstart/iterations/*/kept.jsonl (the new pairs), rejected.jsonl (what was turned down, and why) and samples.jsonl (answers to
+held-out questions before and after).
+"""
+from isara_jax.config import defaults
+
+
+def get_config():
+    config = defaults()
+    config.model.name = "smollm2-135m-instruct"
+    config.retrieval.encoder = "minilm-l6"
+    config.retrieval.k = 4
+    config.data.seeds = "misconceptions"
+    config.data.limit = 16
+    config.generate.requests = 64
+    config.stop.iterations = 2
+    return config

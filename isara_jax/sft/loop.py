@@ -1,0 +1,122 @@
+"""Fine-tuning on pairs, and the loss of pairs under a model."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from isara_jax.checkpoint import Checkpoints
+from isara_jax.common import UserError, content_hash
+from isara_jax.config import Sft, identity
+from isara_jax.data import batching
+from isara_jax.data.batching import Example
+from isara_jax.models import decoder
+from isara_jax.models.config import ModelConfig
+from isara_jax.sft.optim import learning_rate
+from isara_jax.sft.step import Metrics, TrainState, abstract_state, eval_step, init_state, train_step
+from isara_jax.sharding import put_rows, row_devices
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Fine-tuned parameters and how they came about.
+
+    Attributes:
+        params: one entry a layer, placed as the parameters that `fit` was given.
+        losses: (summed loss in nats, supervised tokens) of each step.
+        steps: optimizer steps.
+        tokens: tokens trained on, padding aside, over all steps.
+    """
+
+    params: decoder.Params
+    losses: list[tuple[float, int]]
+    steps: int
+    tokens: int
+
+
+def steps(n: int, sft: Sft) -> int:
+    """Optimizer steps of a fine-tuning on n pairs."""
+    return sft.epochs * -(-n // sft.batch)
+
+
+def fit(params: decoder.Params, cfg: ModelConfig, examples: Sequence[Example], sft: Sft, *, mesh: Mesh, dtype: str, seed: int, context: int,
+        checkpoints: Checkpoints | None = None, iteration: int = 0, on_step: Callable[[int, float, int], None] | None = None) -> FitResult:
+    """Fine-tune a copy of `params` on `examples`; only their answers are predicted. An interrupted fit continues where it last saved.
+
+    Args:
+        params: one entry a layer; they stay as they are.
+        cfg: the model.
+        examples: the pairs.
+        sft: epochs, batch, rate and the rest.
+        mesh: where rows, parameters and moments are shared out.
+        dtype: of products, "float32" or "bfloat16"; parameters and moments are float32.
+        seed: of the run; with the examples it decides which pairs share a step.
+        context: most tokens in a pair.
+        checkpoints: keeps the unfinished state every `sft.save_every` steps, and gives it back; None keeps nothing.
+        iteration: names the unfinished state.
+        on_step: called after each step with (steps done, mean loss, tokens of the step).
+
+    Raises `UserError` for pairs that do not fit the context and for a loss that is not finite.
+    """
+    batching.check(examples, context)
+    plan = batching.epochs(examples, sft.batch, sft.epochs, seed)
+    shapes = batching.layouts(examples, plan, row_devices(mesh))
+    tag = _tag(cfg, examples, sft, dtype, seed, iteration)
+    state, losses = _resume(checkpoints, tag, abstract_state(cfg, sft, mesh)) or (init_state(params, cfg, sft, mesh), [])
+    step = train_step(cfg, sft, mesh, dtype)
+
+    for i in range(len(losses), len(plan)):
+        batch = batching.collate([examples[j] for j in plan[i]], *shapes[i])
+        state, metrics = step(state, put_rows(mesh, batch), np.float32(learning_rate(sft, i, len(plan))))
+        losses.append(_finite(jax.device_get(metrics), i + 1, sft))
+        if on_step:
+            on_step(i + 1, losses[-1][0] / losses[-1][1], int(np.count_nonzero(batch.segments)))
+        if checkpoints and (i + 1) % sft.save_every == 0 and i + 1 < len(plan):
+            checkpoints.save_unfinished(tag, state, {"losses": losses})
+
+    if checkpoints:
+        checkpoints.wait()
+    tuned = _unstack(state.params, cfg, jax.tree.map(lambda x: x.sharding, params))
+    return FitResult(tuned, losses, len(plan), sft.epochs * sum(e.inputs for e in examples))
+
+
+def held_out(params: decoder.Params, cfg: ModelConfig, examples: Sequence[Example], *, mesh: Mesh, dtype: str, context: int,
+             batch: int) -> tuple[float, int]:
+    """(summed loss in nats, number) of the supervised tokens of `examples`."""
+    batching.check(examples, context)
+    plan = batching.in_order(len(examples), batch)
+    total, count, step = 0.0, 0, eval_step(cfg, mesh, dtype)
+    for members, shape in zip(plan, batching.layouts(examples, plan, row_devices(mesh)), strict=True):
+        loss, supervised = jax.device_get(step(params, put_rows(mesh, batching.collate([examples[j] for j in members], *shape))))
+        total, count = total + float(loss), count + int(supervised)
+    return total, count
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+def _tag(cfg: ModelConfig, examples: Sequence[Example], sft: Sft, dtype: str, seed: int, iteration: int) -> str:
+    """Names what is being fitted, so that no other fit continues from its state."""
+    rows = json.dumps([[e.prompt_length, *e.tokens] for e in examples])
+    return f"{iteration}-{content_hash(json.dumps(dataclasses.asdict(cfg)), json.dumps(identity(sft)), rows, dtype, str(seed))}"
+
+
+def _resume(checkpoints: Checkpoints | None, tag: str, like: TrainState) -> tuple[TrainState, list[tuple[float, int]]] | None:
+    found = checkpoints.restore_unfinished(tag, like) if checkpoints else None
+    return found and (found[0], [(total, count) for total, count in found[1]["losses"]])
+
+
+def _finite(metrics: Metrics, step: int, sft: Sft) -> tuple[float, int]:
+    total, count, norm = float(metrics.loss_sum), int(metrics.count), float(metrics.grad_norm)
+    if not math.isfinite(total) or not math.isfinite(norm):
+        raise UserError(f"fine-tuning left the finite numbers at step {step}: loss {total / count}, gradient norm {norm}. Lower "
+                        f"--config.sft.lr (now {sft.lr}), or use --config.model.dtype=float32, with a new workdir.")
+    return total, count
+
+
+def _unstack(stacked: decoder.Params, cfg: ModelConfig, places: Any) -> decoder.Params:
+    return jax.jit(lambda p: decoder.unstack_layers(p, cfg.n_layers), out_shardings=places)(stacked)
