@@ -18,8 +18,8 @@ def get_config():
     config.generate.requests = 16
     config.generate.question.max_new_tokens = 24
     config.generate.answer.max_new_tokens = 24
-    config.filters.question = ("parse", "min_words", "ngram_loop", "exemplar_copy", "novelty")
-    config.filters.answer = ("parse", "min_words", "echo", "ngram_loop", "exemplar_copy")
+    config.filters.question = ("min_words", "ngram_loop", "exemplar_copy", "novelty")
+    config.filters.answer = ("min_words", "echo", "ngram_loop", "exemplar_copy")
     config.filters.min_words = 1
     config.sft.epochs = 1
     config.sft.lr = 1e-3

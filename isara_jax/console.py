@@ -24,15 +24,22 @@ JOINERS = "\u200c\u200d"  # invisible, yet part of ordinary spelling in Persian,
 
 
 class Console:
-    """One per run. `log` is a file to which every line is appended with its time, or None."""
+    """One per run. `log` is a file to which every line is appended with its time; None keeps the lines until `log_to` names one."""
 
     def __init__(self, log: Path | None, *, sensitive: bool = False):
         self._screen = RichConsole(highlight=False)
         self._live = self._screen.is_terminal and not self._screen.is_dumb_terminal
-        self._sensitive, self._log = sensitive, None
+        self._sensitive, self._log, self._unlogged = sensitive, None, []
         if log is not None:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            self._log = open(log, "a", encoding="utf-8")
+            self.log_to(log)
+
+    def log_to(self, log: Path) -> None:
+        """Append to `log` from here on, beginning with the lines said before."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = open(log, "a", encoding="utf-8")
+        self._log.writelines(self._unlogged)
+        self._log.flush()
+        self._unlogged.clear()
 
     def __enter__(self) -> Console:
         return self
@@ -71,22 +78,27 @@ class Console:
         return text.encode(self._screen.encoding, "backslashreplace").decode(self._screen.encoding)
 
     def _write_log(self, text: str) -> None:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
         if self._log:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.write(line)
             self._log.flush()
+        else:
+            self._unlogged.append(line)
 
     # ------------------------------------------------------------------------------------------------------------- progress
     @contextlib.contextmanager
     def progress(self, name: str, total: int) -> Iterator[Progress]:
         """A bar with counts, tokens a second and time left; elsewhere than on a terminal a plain line now and then. One line stays."""
         if self._live:
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}", markup=False))
+            plain = lambda field: TextColumn(f"{{task.{field}}}", markup=False)
+            columns = (plain("description"), BarColumn(), MofNCompleteColumn(), plain("fields[said]"))
             with RichProgress(*columns, console=self._screen, transient=True) as bar:
                 task = bar.add_task(name, total=total, said="")
                 progress = Progress(total, lambda done, said: bar.update(task, completed=done, said=said))
                 yield progress
         else:
-            progress = Progress(total, lambda done, said: self.note(f"{name}: {done} of {total}, {said}".rstrip(", ")), PLAIN_SECONDS, PLAIN_SHARE)
+            show = lambda done, said: self.note(f"{name}: {done} of {total}, {said}".rstrip(", "))
+            progress = Progress(total, show, PLAIN_SECONDS, PLAIN_SHARE)
             yield progress
         self.note(f"{name}: {progress.done} of {total} in {duration(progress.seconds)}, {progress.said}".rstrip(", "))
 
@@ -100,8 +112,8 @@ class Console:
 
     def pairs_table(self, rows: Sequence[dict[str, Any]]) -> None:
         """Some kept pairs: records with id, question and answer."""
-        shown = self._shown
-        self._table("some kept pairs", ("id", "question", "answer"), [(r["id"], shown(r["question"]), shown(r["answer"])) for r in rows])
+        columns = ("id", "question", "answer") if self._sensitive else ("question", "answer")
+        self._table("some kept pairs", columns, [[r[c] if c == "id" else self._shown(r[c]) for c in columns] for r in rows])
 
     def samples_table(self, before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> None:
         """Answers of the starting model and of this iteration's, side by side: rows with question and answer."""
@@ -167,7 +179,9 @@ class Progress:
     def _left(self, now: float) -> list[str]:
         """The time left at the rate since the first update: what came before it is mostly compiling, or was done by an earlier start."""
         then, before = self._first
-        return [f"{duration((now - then) / (self.done - before) * (self.total - self.done))} left"] if before < self.done < self.total else []
+        if not before < self.done < self.total:
+            return []
+        return [f"{duration((now - then) / (self.done - before) * (self.total - self.done))} left"]
 
 
 # ------------------------------------------------------------------------------------------------------------------------ text
@@ -180,14 +194,16 @@ def duration(seconds: float) -> str:
 
 
 def inert(text: str, *, keep: str = "") -> str:
-    """`text` with control, bidirectional and other invisible characters as escapes, all but those in `keep` and the joiners of ordinary spelling."""
-    hidden = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden and c not in keep and c not in JOINERS else c for c in text)
+    """`text` with control, bidirectional and other invisible characters as escapes; those in `keep` and the joiners of spelling stay."""
+    hidden = lambda c: unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") and c not in keep + JOINERS
+    return "".join(c.encode("unicode_escape").decode() if hidden(c) else c for c in text)
 
 
 def _plain(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A table as aligned lines; long cells (texts) go below one another instead."""
+    """A table as aligned lines; long cells (texts) stand below one another instead."""
     if any(len(c) > LONG_CELL for row in cells for c in row):
-        return "\n".join([f"{title}:", *("  " + "\n  ".join(f"{name}: {c}" for name, c in zip(columns, row, strict=True)) + "\n" for row in cells)])
+        blocks = ["".join(f"  {name}: {c}\n" for name, c in zip(columns, row, strict=True)) for row in cells]
+        return f"{title}:\n" + "\n".join(blocks).rstrip("\n")
     widths = [max(len(row[i]) for row in (columns, *cells)) for i in range(len(columns))]
-    return "\n".join([f"{title}:", *("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (columns, *cells))])
+    line = lambda row: "  " + "  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True))
+    return "\n".join([f"{title}:", *(line(row).rstrip() for row in (columns, *cells))])

@@ -1,13 +1,17 @@
-"""Before work starts: arithmetic, memory, time, writable folders, the compilation cache. Everything here is cheap."""
+"""Before work starts: arithmetic, speed, a missed accelerator, disk, the compilation cache, memory. Everything here is cheap."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
+import importlib.metadata
 import os
+import platform
+import re
 import shutil
 import statistics
+import tempfile
 import time
-import uuid
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -17,18 +21,26 @@ from isara_jax.models.config import ModelConfig
 
 SHARE_OF_PEAK = 0.5  # of the measured speed of a large product that a whole run reaches (measured on 2 cores with SmolLM2-135M)
 GIB = 2**30
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 # ----------------------------------------------------------------------------------------------------------------------- dtype
 def choose_dtype(asked: str, devices: Sequence[Any]) -> tuple[str, str]:
-    """(dtype, why). "auto" is bfloat16 where the device multiplies it natively: GPU, TPU, CPUs with avx512_bf16 or AMX."""
+    """(dtype, why). "auto" is bfloat16 where the device multiplies it natively: TPUs, GPUs since Ampere, CPUs with avx512_bf16 or AMX."""
     if asked != "auto":
         if asked not in ("float32", "bfloat16"):
             raise UserError(f"dtype {asked!r} is not one of auto, float32, bfloat16.")
         return asked, "as asked for"
-    if (platform := devices[0].platform) != "cpu":
-        return "bfloat16", f"{platform.upper()} devices multiply it natively"
+    device = devices[0]
+    if device.platform != "cpu":
+        capability = getattr(device, "compute_capability", None)  # of NVIDIA devices, for example "9.0"
+        if capability and re.match(r"\d", str(capability)) and float(capability) < 8:
+            return "float32", f"{device.device_kind} (compute capability {capability}) does not multiply bfloat16 natively"
+        return "bfloat16", f"{device.device_kind} multiplies it natively"
     native = sorted(cpu_flags() & {"avx512_bf16", "amx_bf16"})
+    isa = re.search(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    if native and isa and not re.match("AVX512_BF16|AMX", isa[1], re.IGNORECASE):
+        return "float32", f"this CPU multiplies bfloat16 natively, but XLA_FLAGS allows only {isa[1]}"
     if native:
         return "bfloat16", f"this CPU multiplies it natively ({', '.join(native)})"
     return "float32", "this CPU has neither avx512_bf16 nor AMX, so bfloat16 would be slower"
@@ -38,55 +50,21 @@ def choose_dtype(asked: str, devices: Sequence[Any]) -> tuple[str, str]:
 def cpu_flags() -> frozenset[str]:
     """The feature flags of this CPU; empty where /proc/cpuinfo does not tell."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return frozenset()
     return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), ()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- memory
-def memory_there(devices: Sequence[Any]) -> int:
-    """Bytes that this process may use: of one accelerator, or of this machine (its control group's limit counts)."""
-    if devices[0].platform != "cpu":
-        return int((devices[0].memory_stats() or {}).get("bytes_limit", 0))
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(limit).read_text()))
-        except (OSError, ValueError):  # no control group, or "max"
-            pass
-    return total
-
-
-def memory_needed(cfg: ModelConfig, dtype: str, *, slots: int, tokens_per_slot: int, batch: int, train_tokens: int) -> dict[str, int]:
-    """Estimated peak bytes on one device while sampling and while training, from shapes (float32 parameters, gradients and two moments)."""
-    item = 2 if dtype == "bfloat16" else 4
-    weights = 4 * cfg.n_params
-    kv = slots * tokens_per_slot * cfg.n_layers * 2 * cfg.n_kv_heads * cfg.head_dim * item
-    logits = 4 * 4 * slots * cfg.vocab_size
-    copies = item * cfg.n_params if dtype == "bfloat16" else 0
-    blocks = 4 * batch * train_tokens * (cfg.n_layers * cfg.d_model + 4 * cfg.d_ff + 4 * cfg.d_model + cfg.n_heads * train_tokens)
-    imports = GIB // 2  # Python, jaxlib and what else is loaded
-    return {"sampling": imports + 2 * weights + copies + kv + logits, "training": imports + 5 * weights + copies + blocks + 4 * batch * 64 * cfg.vocab_size}
-
-
-def check_memory(cfg: ModelConfig, dtype: str, devices: Sequence[Any], **shape: int) -> str:
-    """A line with the memory needed and there. Raises `UserError` where it cannot suffice, naming what to lower."""
-    needed, there = memory_needed(cfg, dtype, **shape), memory_there(devices)
-    said = f"memory: about {needed['sampling'] / GIB:.1f} GiB for sampling and {needed['training'] / GIB:.1f} GiB for training of {there / GIB:.1f} GiB"
-    if there and max(needed.values()) > there:
-        lower = "--config.generate.slots" if needed["sampling"] > needed["training"] else "--config.sft.batch, or take a smaller model"
-        raise UserError(f"{said}: it will not suffice. Lower {lower}, or use more devices (--config.mesh.fsdp=-1).")
-    return said
-
-
-# ------------------------------------------------------------------------------------------------------------------------ time
+# ----------------------------------------------------------------------------------------------------------------------- speed
 def measure_speed(dtype: str) -> float:
-    """GFLOP/s of a [512, 1024] x [1024, 1024] product here and now: the median of some tries, in under half a second."""
+    """GFLOP/s of all devices together here and now: the median of some large products, in about half a second."""
     import jax
     import jax.numpy as jnp
 
-    a, b = jnp.ones((512, 1024), dtype), jnp.ones((1024, 1024), dtype)
+    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()  # several CPU devices share the cores
+    rows, width = (512, 1024) if jax.default_backend() == "cpu" else (8192, 8192)
+    a, b = jnp.ones((rows, width), dtype), jnp.ones((width, width), dtype)
     product = jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32))
     product(a, b).block_until_ready()
     seconds, end = [], time.perf_counter() + 0.3
@@ -94,61 +72,155 @@ def measure_speed(dtype: str) -> float:
         start = time.perf_counter()
         product(a, b).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return 2 * 512 * 1024 * 1024 / statistics.median(seconds) / 1e9
+    return devices * 2 * rows * width * width / statistics.median(seconds) / 1e9
 
 
 def accelerator_hint() -> str | None:
-    """The line that mends it when a GPU or TPU is there and jax runs on the CPU; None when all is well."""
+    """The line that mends it when a GPU or TPU is there and jax runs on the CPU; None when all is well or the CPU was asked for."""
     import jax
 
-    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+    if jax.default_backend() != "cpu" or (jax.config.jax_platforms or "").startswith("cpu"):
         return None
-    if shutil.which("nvidia-smi") and glob.glob("/dev/nvidia[0-9]*"):
-        return "there is an NVIDIA GPU here, but jax runs on the CPU: pip install 'isara_jax[cuda]'"
-    if glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*") and "TPU_WORKER_ID" in os.environ:
-        return "there is a TPU here, but jax runs on the CPU: pip install 'isara_jax[tpu]'"
-    return None
+    if glob.glob("/dev/nvidia[0-9]*") or shutil.which("nvidia-smi") and os.path.exists("/dev/dxg"):  # the second on Windows' Linux
+        here, name, extra, plugins = "an NVIDIA GPU", "cuda", "cuda13", ("jax-cuda13-plugin", "jax-cuda12-plugin")
+    elif glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*") and any(v.startswith("TPU_") for v in os.environ):
+        here, name, extra, plugins = "a TPU", "tpu", "tpu", ("libtpu",)
+    else:
+        return None
+    said = f"there is {here} here, but jax runs on the CPU"
+    for plugin in plugins:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{said} although {plugin} {importlib.metadata.version(plugin)} is installed: start with JAX_PLATFORMS={name} to see why"
+    older = " (with a driver older than 580, cuda12 in place of cuda13)" if name == "cuda" else ""
+    return f"{said}: pip install 'jax[{extra}]=={jax.__version__}'{older}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------- disk
-def writable(workdir: Path, needed: int = 0) -> None:
-    """Raise `UserError` unless files can be written in `workdir` (made if need be, and removed again) with `needed` bytes free."""
-    existing = workdir
-    while not existing.exists() and existing != existing.parent:
+# ------------------------------------------------------------------------------------------------------------------------ disk
+def writable(workdir: str | Path, needed: int = 0) -> None:
+    """Raise `UserError` unless files can be written in `workdir`, or where it would be made, with `needed` bytes free. Leaves no trace."""
+    existing = workdir = Path(os.path.abspath(workdir))
+    while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
     try:
-        if not existing.is_dir():
-            raise NotADirectoryError(20, "it is a file", str(existing))
-        probe = existing / f".isara-{uuid.uuid4().hex}"
-        probe.mkdir()
-        probe.rmdir()
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(workdir)  # finds names that are too long and parents that are files
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(b"isara")
         free = shutil.disk_usage(existing).free
-    except OSError as e:
-        raise UserError(f"--workdir={workdir} cannot be written ({existing}: {e.strerror}). Name another folder.") from None
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise UserError(f"--workdir={workdir} cannot be written ({existing}: {why}). Name another folder.") from None
     if free < needed:
-        raise UserError(f"--workdir={workdir} has {free / GIB:.1f} GiB free, the run needs about {needed / GIB:.1f} GiB. Make room, name another folder, "
-                        "or set --config.keep=best_last.")
+        raise UserError(f"--workdir={workdir} has {free / GIB:.1f} GiB free, the run needs about {needed / GIB:.1f} GiB. Make room, "
+                        "name another folder, or set --config.keep=best_last.")
+
+
+def disk_needed(cfg: ModelConfig, *, iterations: int, keep: str) -> int:
+    """Bytes that checkpoints will take: float32 parameters of the iterations kept, and one unfinished state with its two moments."""
+    kept = iterations if keep == "all" else min(iterations, 3)  # the best, the last, and the one being written
+    return 4 * cfg.n_params * (kept + 3) + 2**26
 
 
 # -------------------------------------------------------------------------------------------------------------------- compiling
 def compilation_cache() -> Path | None:
     """Keep compiled programs between runs, apart for each jaxlib, CPU and XLA_FLAGS; ISARA_NO_COMPILATION_CACHE=1 does not.
 
-    An own JAX_COMPILATION_CACHE_DIR is left as it is. Returns the folder in use.
+    jax's own keys hold the program, jaxlib, flags and the kind of device, which for a CPU is only "cpu": programs compiled for wider
+    registers would be loaded on a machine that shares the folder and lacks them. A JAX_COMPILATION_CACHE_DIR of your own is left as it
+    is. Returns the folder in use.
     """
     import jax
     import jaxlib
 
     if os.environ.get("ISARA_NO_COMPILATION_CACHE") == "1":
         return None
-    if not (folder := jax.config.jax_compilation_cache_dir):
-        machine = content_hash(" ".join(sorted(cpu_flags())), os.environ.get("XLA_FLAGS", ""))
-        folder = cache_folder() / "xla" / f"{jaxlib.__version__}-{machine}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return None  # a cache that cannot be written only costs time
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    return Path(folder)
+    if jax.config.jax_compilation_cache_dir:
+        return Path(jax.config.jax_compilation_cache_dir)
+    machine = content_hash(platform.machine(), " ".join(sorted(cpu_flags())), os.environ.get("XLA_FLAGS", ""))
+    folder = cache_folder() / "xla" / f"{jaxlib.__version__}-{machine}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None  # a cache that cannot be written only costs time
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------- memory
+def check_memory(cfg: ModelConfig, dtype: str, devices: Sequence[Any], *, fsdp: int = 1, tensor: int = 1, **shape: int) -> str:
+    """A line with the memory needed and there. Raises `UserError` where it cannot suffice, naming what to lower.
+
+    Args:
+        devices: of the mesh; its axes `fsdp` and `tensor` share out parameters, the rest of it rows alone.
+        shape: `slots`, `tokens_per_slot`, `batch` and `train_tokens` of `memory_needed`.
+    """
+    needed = memory_needed(cfg, dtype, devices=len(devices), fsdp=fsdp, tensor=tensor, **shape)
+    cpu = devices[0].platform == "cpu"
+    if cpu:  # all devices live in this process; half a GiB is Python, jaxlib and what else is loaded
+        needed = {stage: n * len(devices) + GIB // 2 for stage, n in needed.items()}
+    there, free = memory_there(devices[0])
+    said = f"memory: about {needed['sampling'] / GIB:.1f} GiB for sampling and {needed['training'] / GIB:.1f} GiB for training"
+    if not there:
+        return f"{said}; how much there is could not be found out"
+    said += f" of {there / GIB:.1f} GiB" + (" on this machine" if cpu else " on a device")
+    most = max(needed.values())
+    if most > there:
+        lower = "--config.generate.slots" if needed["sampling"] > needed["training"] else "--config.sft.batch"
+        more = "" if cpu else ", or share out the parameters over more devices (--config.mesh.data=1 --config.mesh.fsdp=-1)"
+        raise UserError(f"{said}: that cannot suffice. Lower {lower}, take a smaller model{more}.")
+    return said + (f"; but only {free / GIB:.1f} GiB are free now: close other programs" if most > free else "")
+
+
+def memory_needed(cfg: ModelConfig, dtype: str, *, slots: int, tokens_per_slot: int, batch: int, train_tokens: int, devices: int = 1,
+                  fsdp: int = 1, tensor: int = 1) -> dict[str, int]:
+    """Estimated peak bytes on one device while sampling and while training, from shapes alone.
+
+    Sampling holds the starting and the tuned weights in float32, a copy in the sampling dtype or layout where that differs, keys and
+    values of `slots` rows of `tokens_per_slot`, and logits. Training holds the starting weights, and those being trained with
+    gradients and two moments, all float32; one [T, D] tensor a layer for each of its rows (blocks are rematerialised), one block at
+    work with its scores [N, T, T], and logits of 64 positions. `slots` counts rows of a device, `batch` those of all.
+    """
+    item, weights = (2 if dtype == "bfloat16" else 4), 4 * cfg.n_params // (fsdp * tensor)
+    copy = item * cfg.n_params // tensor if dtype == "bfloat16" or fsdp > 1 else 0
+    kv = slots * tokens_per_slot * cfg.n_layers * 2 * cfg.n_kv_heads * cfg.head_dim * item // tensor
+    logits = 4 * 4 * slots * cfg.vocab_size
+    rows = -(-batch * tensor // devices)
+    blocks = 4 * rows * train_tokens * (cfg.n_layers * cfg.d_model + 4 * cfg.d_ff + 4 * cfg.d_model + cfg.n_heads * train_tokens)
+    half = item * cfg.n_params // (fsdp * tensor) if dtype == "bfloat16" else 0
+    return {"sampling": 2 * weights + copy + kv + logits, "training": 5 * weights + half + blocks + 4 * rows * 64 * cfg.vocab_size}
+
+
+def memory_there(device: Any) -> tuple[int, int]:
+    """Bytes that this process may use, and those free now: of an accelerator, or of this machine within its control group. 0 is unknown."""
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        limit = int(stats.get("bytes_limit", 0))
+        return limit, limit - int(stats.get("bytes_in_use", 0))
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = total
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE):
+            free = int(found[1]) * 1024
+    total = min([total, *_group_limits()])
+    return total, min(total, free)
+
+
+def _group_limits() -> list[int]:
+    """The memory limits of the control groups this process is in, innermost to outermost, versions 1 and 2."""
+    limits = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):  # "" is version 2
+                group = Path(path.lstrip("/"))
+                limits += [_limit(CONTROL_GROUPS / controllers / g) for g in (group, *group.parents)]
+    return [n for n in limits if n]
+
+
+def _limit(folder: Path) -> int:
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such group here, or "max"
+            return int((folder / name).read_text(encoding="ascii"))
+    return 0

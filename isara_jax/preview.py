@@ -1,8 +1,6 @@
 """What a run will do, before it does it: `--dry_run` and the lines at the start of a run."""
 from __future__ import annotations
 
-import jax
-
 from isara_jax import preflight
 from isara_jax.data import prompts
 from isara_jax.session import Session, make_plan
@@ -36,12 +34,13 @@ def plan(session: Session) -> None:
         f"an iteration issues {estimate.requests} question requests (prompts of about {estimate.prompt_tokens:.0f} tokens; at most "
         f"{session.limits.question} new tokens a question, {session.limits.answer} an answer): about {estimate.prefilled:,} tokens prefilled, "
         f"{estimate.generated:,} generated; the last of {session.config.stop.iterations} trains on about {estimate.trained:,}")
-    session.console.note(f"estimated {estimate.minutes:.0f} min for the run at {gflops:.0f} GFLOP/s measured here ({session.dtype}), compiling aside")
+    session.console.note(f"estimated {max(estimate.minutes, 1):.0f} min for the run at {gflops:.0f} GFLOP/s measured here ({session.dtype}), compiling aside")
     if hint := preflight.accelerator_hint():
         session.console.warn(hint)
+    mesh, config = session.mesh, session.config
     session.console.note(preflight.check_memory(
-        session.cfg, session.dtype, jax.devices(), slots=session.config.generate.slots, tokens_per_slot=_longest(session), batch=session.config.sft.batch,
-        train_tokens=_longest_pair(session)))
+        session.cfg, session.dtype, mesh.devices.flatten().tolist(), fsdp=mesh.shape["fsdp"], tensor=mesh.shape["tensor"],
+        slots=config.generate.slots, tokens_per_slot=_longest(session), batch=config.sft.batch, train_tokens=_longest_pair(session)))
 
 
 def _longest(session: Session) -> int:

@@ -6,6 +6,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, Sequence
 
+from jax.sharding import Mesh
+
 from isara_jax import preflight
 from isara_jax.common import UserError
 from isara_jax.config import Config
@@ -32,6 +34,7 @@ class Session:
     config: Config
     blueprint: Blueprint
     dtype: str
+    mesh: Mesh
     workdir: Workdir
     console: Console
     seed_set: seeds.SeedSet
@@ -69,7 +72,8 @@ class Session:
         return Example(tuple(prompt) + tuple(continuation) + (self.blueprint.tokenizer.eos_id,), len(prompt))
 
 
-def open_session(blueprint: Blueprint, seed_set: seeds.SeedSet, config: Config, workdir: Workdir, console: Console, dtype: str) -> Session:
+def open_session(blueprint: Blueprint, seed_set: seeds.SeedSet, config: Config, workdir: Workdir, console: Console, dtype: str,
+                 mesh: Mesh) -> Session:
     """Check the seeds against the model, split them, derive the limits. Nothing is written."""
     tokenizer = blueprint.tokenizer
     filters.check_names(config.filters)
@@ -81,7 +85,7 @@ def open_session(blueprint: Blueprint, seed_set: seeds.SeedSet, config: Config, 
     template = Template(config.model.form, config.prompt.question_marker, config.prompt.answer_marker, config.prompt.order,
                         tokenizer.render_chat if config.model.form == "chat" else None)
     train, held_out = seeds.split_holdout(seed_set.pairs, config.data.holdout)
-    session = Session(config, blueprint, dtype, workdir, console, seed_set, tuple(map(_record, train)), tuple(held_out), template,
+    session = Session(config, blueprint, dtype, mesh, workdir, console, seed_set, tuple(map(_record, train)), tuple(held_out), template,
                       _limits(config, seed_set.pairs, tokenizer), Embedder.from_source(config.retrieval.encoder))
     _check_lengths(session)
     return session
@@ -97,7 +101,8 @@ def report_seeds(session: Session) -> None:
     if session.held_out:
         console.note(f"{len(session.held_out)} of them are held out: never retrieved, never trained on; they measure the held-out loss")
     else:
-        console.note("nothing is held out (fewer than 8 seeds, or data.holdout=0): no held-out loss, and the number of iterations is fixed")
+        console.note("nothing is held out (fewer than 8 seeds, seeds too alike to split, or data.holdout=0): no held-out loss, and the number of "
+                     "iterations is fixed")
     if config.retrieval.k > len(session.train_seeds):
         console.warn(f"retrieval.k={config.retrieval.k} is more than the {len(session.train_seeds)} seeds to retrieve from: prompts hold all of them")
     for kind in ("question", "answer"):

@@ -64,8 +64,8 @@ def align(lm: lm_lib.LM, seeds: str | Path | Sequence[Any], config: Config | dic
         seed_set = seeds_lib.load_seeds(config.data)
     else:
         seed_set = seeds_lib.from_pairs(seeds, config.data)
-    with Console(folder.root / "log.txt", sensitive=config.sensitive) as console:
-        session = open_session(lm.blueprint, seed_set, config, folder, console, lm.dtype)
+    with Console(None, sensitive=config.sensitive) as console:
+        session = open_session(lm.blueprint, seed_set, config, folder, console, lm.dtype, lm.mesh)
         start(session)
         return run(session, lm)
 
@@ -74,6 +74,7 @@ def start(session: Session) -> None:
     """Open the folder (a changed identity is refused here) and say what is about to run."""
     for warning in session.workdir.open(session.config, session.resolved):
         session.console.warn(warning)
+    session.console.log_to(session.workdir.root / "log.txt")
     report_seeds(session)
     start_pool(session)
 
@@ -128,7 +129,9 @@ def iterate(session: Session, setting: Any, method: Any, ledger: Ledger, current
         start_from = 0 if config.sft.init == "base" else t - 1
         current.keep_only(start_from)  # the generator's weights make room for training
         fit(session, ledger, current, checkpoints, method.training_pairs(setting, t), start_from, t)
-    return {**summary, **measure(session, ledger, current.lm(t), t)}
+    summary |= measure(session, ledger, current.lm(t), t)
+    checkpoints.measured(t, summary["held_out"])
+    return summary
 
 
 def fit(session: Session, ledger: Ledger, current: Current, checkpoints: Checkpoints, pairs: Sequence[Record], start_from: int, t: int) -> None:
@@ -272,22 +275,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _train(args: cli.Args) -> None:
     config, workdir = args.config, Workdir(args.workdir)
-    seed_set = seeds_lib.load_seeds(config.data)
-    stored = workdir.stored()
-    if not args.dry_run:
-        preflight.writable(workdir.root)
-    with Console(None if args.dry_run else workdir.root / "log.txt", sensitive=config.sensitive) as console:
-        preflight.compilation_cache()
-        blueprint = lm_lib.describe(config.model.name, context=config.model.context)
+    seed_set, stored = seeds_lib.load_seeds(config.data), workdir.stored()
+    preflight.compilation_cache()
+    with Console(None, sensitive=config.sensitive) as console:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         asked = stored["identity"]["resolved"]["dtype"] if stored and config.model.dtype == "auto" else config.model.dtype
         dtype, why = preflight.choose_dtype(asked, mesh.devices.flatten().tolist())
         console.note(f"{dtype}: {why}")
-        session = open_session(blueprint, seed_set, config, workdir, console, dtype)
+        if not args.dry_run:
+            preflight.writable(workdir.root)
+        blueprint = lm_lib.describe(config.model.name, context=config.model.context)
+        session = open_session(blueprint, seed_set, config, workdir, console, dtype, mesh)
         if args.dry_run:
             report_seeds(session)
             preview.show(session)
             return
+        missing = sum(finished(workdir.iteration(t)) is None for t in range(1, config.stop.iterations + 1))
+        preflight.writable(workdir.root, preflight.disk_needed(blueprint.cfg, iterations=missing, keep=config.keep))
         start(session)
         preview.plan(session)
         run(session, lm_lib.load(config.model.name, dtype, mesh=mesh, blueprint=blueprint))

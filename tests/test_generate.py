@@ -165,4 +165,4 @@ def test_capacities_and_groups():
     """Capacities come about a third apart; a very long request does not make the short ones take its room."""
     ladder = module.capacities(128)
     assert [next(ladder) for _ in range(10)] == [128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
-    assert module._groups([100, 0, 4000, 90, 300], 128) == [(4096, [2]), (384, [4, 0, 3])]
+    assert module._groups([100, 0, 4000, 96, 300], 128) == [(4096, [2]), (384, [4, 0, 3])]

@@ -11,6 +11,7 @@ import numpy as np
 
 BLOCK = 128  # vocabulary entries in a block of the two-level draw
 TOP_BLOCKS = 64  # blocks in which a nucleus is sought first: one of up to 64 tokens is always found there, most larger ones too
+KEYS = 256  # keys are made for a multiple of this
 ONE = 0x3F800000  # the bits of 1.0 in float32, the largest weight there is
 
 
@@ -19,10 +20,16 @@ def request_keys(seed: int, addresses: np.ndarray) -> np.ndarray:
 
     Threefry (Salmon et al. 2011), named so that no default can change it: both halves of the seed, then both halves of the address.
     """
-    high, low = (jnp.asarray((np.asarray(addresses, np.uint64) >> np.uint64(shift)).astype(np.uint32)) for shift in (32, 0))
-    key = jax.random.fold_in(jax.random.key(np.uint32(seed & 0xFFFFFFFF), impl="threefry2x32"), np.uint32(seed >> 32))
-    fold = jax.vmap(lambda h, w: jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, h), w)))
-    return np.asarray(fold(high, low))
+    addresses = np.asarray(addresses, np.uint64)
+    padded = np.pad(addresses, (0, -len(addresses) % KEYS))  # few sizes, few compilations
+    halves = ((padded >> np.uint64(shift)).astype(np.uint32) for shift in (32, 0))
+    return np.asarray(_keys(np.uint32(seed >> 32), np.uint32(seed & 0xFFFFFFFF), *halves))[:len(addresses)]
+
+
+@jax.jit
+def _keys(seed_high: jax.Array, seed_low: jax.Array, high_B: jax.Array, low_B: jax.Array) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed_low, impl="threefry2x32"), seed_high)
+    return jax.vmap(lambda high, low: jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, high), low)))(high_B, low_B)
 
 
 def sample(logits_BV: jax.Array, keys_B2: jax.Array, positions_B: jax.Array, temperature_B: jax.Array, top_p_B: jax.Array) -> jax.Array:

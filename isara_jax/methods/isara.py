@@ -87,11 +87,14 @@ def answer(s: Setting, t: int, pool: Sequence[Record], questions: Sequence[Row],
     builds = [lambda shots, text=text: s.template.answer_segments(shots, text) for text in texts]
     asked = _with_prompts(s, rows, exemplars, builds, budget(s, s.limits.answer))
     completions = sample("answers", _requests(s, "answer", asked))
-    out = []
+    known, out = {r.id for r in pool}, []
     for question, row, completion in zip(accepted, asked, completions, strict=True):
         parsed = parse.parse(completion.text, s.template)
         candidate = filters.Candidate(question["question"], parsed.text, completion.finish, parsed.verdict, row["shots"])
         verdicts = filters.run("answer", candidate, s.config.filters)
+        if (same := pair_id(candidate.question, candidate.answer)) in known:  # possible only without the novelty filter
+            verdicts.append(filters.Verdict("duplicate", False, 1.0, same))
+        known |= {same} if all(v.passed for v in verdicts) else set()
         out.append(_row(question["request"], row, completion, verdicts, question=question["question"], answer=parsed.text))
     return out
 

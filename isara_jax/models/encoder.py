@@ -36,7 +36,8 @@ UNUSED = ("embeddings.position_ids", "pooler.", "cls.")  # tensors of checkpoint
 # Our path -> the name in the checkpoint; a layer's names stand below encoder.layer.N.
 _NORM = {"scale": "weight", "bias": "bias"}
 _LINEAR = {"kernel": "weight", "bias": "bias"}
-_OUTER = {**{("embed", p, "embedding"): f"embeddings.{n}_embeddings.weight" for p, n in (("word", "word"), ("position", "position"), ("type", "token_type"))},
+_TABLES = {"word": "word", "position": "position", "type": "token_type"}
+_OUTER = {**{("embed", p, "embedding"): f"embeddings.{n}_embeddings.weight" for p, n in _TABLES.items()},
           **{("embed_norm", p): f"embeddings.LayerNorm.{n}" for p, n in _NORM.items()}}
 _OWNERS = {("attn", "q"): "attention.self.query", ("attn", "k"): "attention.self.key", ("attn", "v"): "attention.self.value",
            ("attn", "o"): "attention.output.dense", ("mlp", "up"): "intermediate.dense", ("mlp", "down"): "output.dense"}
@@ -112,6 +113,7 @@ def _norm(cfg: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(cfg.d_model, epsilon=cfg.norm_eps, use_fast_variance=False, rngs=rngs)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # one program, which the compilation cache keeps, instead of many small ones
 def init_params(cfg: EncoderConfig, seed: int) -> Params:
     """Random float32 parameters (normal, deviation 0.02; norms one, biases zero) drawn from `seed`."""
     return nnx.to_pure_dict(nnx.state(Encoder(cfg, rngs=nnx.Rngs(seed))))
@@ -146,8 +148,8 @@ def encoder_config(folder: Path) -> EncoderConfig:
     path = folder / "config.json"
     raw = read_json(path)
     if raw.get("model_type") != "bert":
-        raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported as an encoder; supported is bert (MiniLM, BGE, GTE, E5 and others "
-                        "that use its layout). Set --config.retrieval.encoder=minilm-l6 or another folder.")
+        raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported as an encoder; supported is bert (MiniLM, BGE, GTE, E5 "
+                        "and others that use its layout). Set --config.retrieval.encoder=minilm-l6 or another folder.")
     problems = [f"{k}={raw[k]!r} (supported: {v!r})" for k, v in FIXED.items() if raw.get(k, v) != v]
     if problems:
         raise UserError(f"{path}: not supported yet: {', '.join(problems)}. Running it anyway would give wrong vectors.")
