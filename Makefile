@@ -15,7 +15,8 @@ TORCH := 2.13.0
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip -qq --disable-pip-version-check
 MODELS := smollm2-135m-instruct minilm-l6
-UV := uv pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes --upgrade --no-annotate --custom-compile-command "make lock"
+UV := uv pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
+	--no-annotate --custom-compile-command "make lock"
 
 .PHONY: quickstart install test test-slow lock clean
 
@@ -34,8 +35,8 @@ test-slow: $(VENV)/installed-test
 	$(PY) -m pytest -m slow
 
 $(PY):
-	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] < (3, 14) else "isara_jax needs Python 3.11 to 3.13, and $(PYTHON) is " \
-		+ sys.version.split()[0] + ". Name another one: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] < (3, 14) else \
+		"isara_jax needs Python 3.11 to 3.13, and $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
 # Every file that comes from an index has its hash in the lock; the package itself is linked, so that a change needs no new install.

@@ -6,7 +6,8 @@
       unfinished/        at most one state: parameters, moments, losses so far
       trash/             what Orbax renames before deleting it, so that no half-deleted iteration is taken for a whole one
 
-A checkpoint is restored to any mesh and dtype: `like` says which.
+A checkpoint is restored to any mesh and dtype: `like` says which. Writing is synchronous: a run that is interrupted and started again
+in one process, as in a notebook, would otherwise meet the writer of the first.
 """
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Checkpoints:
 
     @staticmethod
     def _manager(folder: Path, max_to_keep: int | None) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True, todelete_subdir=TRASH, create=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True, todelete_subdir=TRASH, create=True,
+                                                 enable_async_checkpointing=False)
         return ocp.CheckpointManager(folder, options=options)
 
     # ----------------------------------------------------------------------------------------------------- finished iterations
@@ -44,7 +46,6 @@ class Checkpoints:
         if iteration in self._finished.all_steps():
             self._finished.delete(iteration)
         self._finished.save(iteration, args=ocp.args.Composite(params=ocp.args.StandardSave(params)), force=True)
-        self._finished.wait_until_finished()
         self.clear_unfinished()
 
     def restore(self, iteration: int, like: Any) -> Any:
@@ -90,14 +91,13 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------------------- unfinished fine-tuning
     def save_unfinished(self, tag: str, state: Any, notes: dict[str, Any]) -> None:
-        """Start writing the state of an unfinished fine-tuning and JSON-able notes; an earlier state goes when this one is whole."""
+        """Write the state of an unfinished fine-tuning and JSON-able notes; an earlier state goes when this one is whole."""
         number = max(self._unfinished.all_steps(), default=0) + 1
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave({"tag": tag, **notes}))
         self._unfinished.save(number, args=args, force=True)
 
     def restore_unfinished(self, tag: str, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """(state, notes) of the newest whole state that was saved under `tag`, or None. Damaged states are as good as none."""
-        self.wait()
         for number in sorted(self._unfinished.all_steps(), reverse=True):
             try:
                 notes = self._unfinished.restore(number, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
@@ -110,13 +110,8 @@ class Checkpoints:
 
     def clear_unfinished(self) -> None:
         """Delete the unfinished state."""
-        self.wait()
         for number in self._unfinished.all_steps():
             self._unfinished.delete(number)
-
-    def wait(self) -> None:
-        """Return when what is being written is on disk."""
-        self._unfinished.wait_until_finished()
 
 
 def _first_line(e: Exception) -> str:

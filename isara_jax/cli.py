@@ -79,7 +79,8 @@ def parse(argv: Sequence[str]) -> Args:
 def usage() -> str:
     """What `--help` prints: the flags, the configs that are installed, every field with its default."""
     return "\n".join(["usage: python -m isara_jax.train --config=FILE --workdir=DIR [--config.section.field=VALUE …] [--dry_run]", "",
-                      f"configs that ship with the package: {', '.join(_packaged())}", "", "fields and defaults (their meaning: isara_jax/config.py):",
+                      f"configs that ship with the package: {', '.join(_packaged())}", "",
+                      "fields and defaults (their meaning: isara_jax/config.py):",
                       *(f"  --config.{key}={value}" for key, value in _DEFAULTS.items())])
 
 
@@ -93,7 +94,8 @@ def _split_config(argv: Sequence[str]) -> tuple[str, list[str]]:
         else:
             rest.append(_tuple(a))
     if not name:
-        raise UserError(f"--config is missing: name a config file, for example --config=configs/quickstart.py (there are {', '.join(_packaged())}).")
+        raise UserError("--config is missing: name a config file, for example --config=configs/quickstart.py "
+                        f"(there are {', '.join(_packaged())}).")
     return name, rest
 
 
@@ -157,7 +159,8 @@ def load(name: str) -> ConfigDict:
 def _complete(path: Path, returned: Any) -> ConfigDict:
     """`returned` itself when it was made from `defaults()` (its references live on), else its fields set in the defaults."""
     if not isinstance(returned, (dict, ConfigDict)):
-        raise UserError(f"{path}: get_config() returned {returned!r}. It must return the config that it made from isara_jax.config.defaults().")
+        raise UserError(f"{path}: get_config() returned {returned!r}. It must return the config that it made from "
+                        "isara_jax.config.defaults().")
     checked = config_lib.to_dict(config_lib.from_dict(returned))
     full = config_lib.defaults()
     if isinstance(returned, ConfigDict) and {key for key, _ in _leaves(returned.to_dict())} == set(_DEFAULTS):
@@ -175,9 +178,11 @@ def _place(path: Path, e: Exception) -> str:
     if isinstance(e, AttributeError) and (unknown := re.search(r'Key \\?"(\w+)\\?" does not exist', str(e))):
         known = {part for key in _DEFAULTS for part in key.split(".")}
         near = difflib.get_close_matches(unknown[1], known, 1)
-        return f"{where}: there is no field {unknown[1]!r} in this section. " + (f"Did you mean {near[0]!r}?" if near else "--help lists all fields.")
+        hint = f"Did you mean {near[0]!r}?" if near else "--help lists all fields."
+        return f"{where}: there is no field {unknown[1]!r} in this section. {hint}"
     if isinstance(e, TypeError) and not lines:
-        return f"{path}: get_config() cannot be called like this: {e}. --config=FILE calls get_config(), --config=FILE:ARG calls get_config('ARG')."
+        return (f"{path}: get_config() cannot be called like this: {e}. "
+                "--config=FILE calls get_config(), --config=FILE:ARG calls get_config('ARG').")
     said = e.msg if isinstance(e, SyntaxError) else " ".join(str(e).split())
     return f"{where}: the config file does not run: {type(e).__name__}: {said}"
 

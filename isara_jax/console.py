@@ -20,6 +20,7 @@ from rich.text import Text
 PLAIN_SECONDS = 10.0   # least pause between two progress lines where there is no terminal
 PLAIN_SHARE = 0.02     # and the pause as a share of the time passed, so that a long stage does not fill the log
 LONG_CELL = 40         # characters from which on the cells of a plain table stand below one another
+_POINTS = str.maketrans("", "", ".,")
 JOINERS = "\u200c\u200d"  # invisible, yet part of ordinary spelling in Persian, Indic scripts and emoji: left as they are
 
 
@@ -123,7 +124,7 @@ class Console:
 
     def cost_table(self, rows: Sequence[dict[str, Any]]) -> None:
         """What each stage cost: rows of `Ledger.rows`."""
-        columns = ("stage", "seconds", "compiling", "prefilled", "generated", "trained", "tokens/s", "peak GiB")
+        columns = ("stage", "seconds", "compile", "prefilled", "generated", "trained", "tok/s", "peak GiB")
         body = []
         for r in rows:
             counts = [r[name] for name in ("prefilled", "generated", "trained")]
@@ -138,9 +139,11 @@ class Console:
     def _table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         cells = [[inert(str(c)) for c in row] for row in rows]
         if self._live:
-            table = Table(title=Text(title), box=rich.box.SIMPLE, title_justify="left")
-            for name in columns:
-                table.add_column(name, overflow="fold")
+            tight = {"padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}  # so that the cost table fits 80 columns
+            table = Table(title=Text(f"\n{title}", "bold"), box=rich.box.SIMPLE_HEAD, title_justify="left", **tight)
+            for i, name in enumerate(columns):
+                numbers = i > 0 and all(row[i].strip("%").translate(_POINTS).isdecimal() for row in cells if row[i])
+                table.add_column(name, overflow="fold", justify="right" if numbers else "left")
             for row in cells:
                 table.add_row(*(Text(self._encodable(c)) for c in row))
             self._screen.print(table)
@@ -187,7 +190,7 @@ class Progress:
 # ------------------------------------------------------------------------------------------------------------------------ text
 def duration(seconds: float) -> str:
     """1.5 s, 2 min 5 s, 3 h 20 min."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

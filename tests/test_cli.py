@@ -40,8 +40,9 @@ def test_flags_may_come_in_any_order_and_form(argv, epochs):
 
 
 def test_every_kind_of_field_can_be_overridden():
-    args = cli.parse([TINY, "--workdir=w", "--dry_run", "--config.seed=9007199254740993", "--config.sft.lr=1", "--config.data.seeds=a=b.csv",
-                      "--config.sensitive", "--config.filters.question=parse,novelty", "--config.sft.betas=(0.8, 0.9)", "--config.data.question=7"])
+    args = cli.parse([TINY, "--workdir=w", "--dry_run", "--config.seed=9007199254740993", "--config.sft.lr=1",
+                      "--config.data.seeds=a=b.csv", "--config.sensitive", "--config.filters.question=parse,novelty",
+                      "--config.sft.betas=(0.8, 0.9)", "--config.data.question=7"])
     config = args.config
     assert args.dry_run and config.sensitive and config.seed == 9007199254740993
     assert (config.sft.lr, config.data.seeds, config.data.question) == (1.0, "a=b.csv", "7")
@@ -188,6 +189,7 @@ def test_a_packaged_config_works_from_any_folder(tmp_path):
     """From a fresh interpreter in an empty folder, with the package on the path and nothing else of the repository near."""
     code = ("from isara_jax import cli; import json; a = cli.parse(['--config=configs/quickstart.py', '--workdir=w']); "
             "print(json.dumps([a.config.data.limit, a.workdir]))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert json.loads(done.stdout) == [16, "w"], done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,17 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py")
 
 
+def setup_cfg():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    return setup
+
+
+def pins(lock):
+    """{"numpy": "2.4.6"} of a lock file; of two versions for two Pythons the last."""
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / lock).read_text(), re.MULTILINE))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_every_config_is_complete_and_in_range(path):
     checked = config_lib.from_dict(cli.load(str(path)))
@@ -39,8 +50,7 @@ def test_tiny_needs_no_model_files():
 
 
 def test_the_config_folder_is_installed_as_a_package_with_its_data():
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    setup = setup_cfg()
     assert "isara_jax.configs = configs" in setup["options"]["package_dir"]
     patterns = setup["options.package_data"]["isara_jax.configs"].split()
     for file in (p for p in (ROOT / "configs").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")):
@@ -50,25 +60,22 @@ def test_the_config_folder_is_installed_as_a_package_with_its_data():
 def test_every_pinned_requirement_has_hashes_and_no_index():
     for lock in ("requirements.lock", "requirements-test.lock"):
         text = (ROOT / lock).read_text()
-        pins = re.split(r"^(?=[a-zA-Z0-9])", text, flags=re.MULTILINE)[1:]
-        assert pins and all(re.match(r"[\w.-]+==[\w.+]+", p) and "--hash=sha256:" in p for p in pins)
+        entries = re.split(r"^(?=[a-zA-Z0-9])", text, flags=re.MULTILINE)[1:]
+        assert entries and all(re.match(r"[\w.-]+==[\w.+]+", e) and "--hash=sha256:" in e for e in entries)
         assert "://" not in text and not re.search(r"^(torch|-)", text, re.MULTILINE)
 
 
 def test_the_lock_holds_every_requirement_of_the_package():
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    asked = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in setup["options"]["install_requires"].split("\n") if line.strip()}
-    locked = set(re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
-    assert asked <= locked
-    tested = set(re.findall(r"^([\w.-]+)==", (ROOT / "requirements-test.lock").read_text(), re.MULTILINE))
-    assert {"pytest", "hypothesis"} <= tested
+    lines = setup_cfg()["options"]["install_requires"].strip().splitlines()
+    asked = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in lines}
+    assert asked <= pins("requirements.lock").keys()
+    assert {"pytest", "hypothesis"} <= pins("requirements-test.lock").keys()
 
 
 def test_locks_agree_on_what_they_share():
-    pins = [dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / f).read_text(), re.MULTILINE)) for f in ("requirements.lock", "requirements-test.lock")]
-    shared = pins[0].keys() & pins[1].keys()
-    assert shared and all(pins[0][name] == pins[1][name] for name in shared)
+    run, test = pins("requirements.lock"), pins("requirements-test.lock")
+    shared = run.keys() & test.keys()
+    assert shared and all(run[name] == test[name] for name in shared)
 
 
 def test_the_built_in_seeds_say_where_they_come_from():

@@ -16,8 +16,8 @@ from isara_jax.retrieval.embed import TINY, Embedder
 CFG = EncoderConfig(vocab_size=19, d_model=12, n_layers=2, n_heads=3, d_ff=20, max_positions=16, n_types=3, norm_eps=1e-3)
 TOKENS = np.array([[1, 5, 9, 2, 0, 0], [1, 3, 3, 7, 11, 2]])
 LENGTHS = np.array([4, 6])
-ODD = ["", "a", " \n\t", "Which planet is the largest?", "Ünïcödé ﬁ ß 漢字かな ไทย 😀", "[CLS] [SEP] [MASK] x", "bell \x07 nul \x00 end", "word " * 40,
-       "long " * 400, "don't -- 3.14%"]
+ODD = ["", "a", " \n\t", "Which planet is the largest?", "Ünïcödé ﬁ ß 漢字かな ไทย 😀", "[CLS] [SEP] [MASK] x", "bell \x07 nul \x00 end",
+       "word " * 40, "long " * 400, "don't -- 3.14%"]
 
 
 def torch_bert(cfg, seed=0):
@@ -26,9 +26,9 @@ def torch_bert(cfg, seed=0):
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(seed)
-    model = BertModel(BertConfig(vocab_size=cfg.vocab_size, hidden_size=cfg.d_model, num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads,
-                                 intermediate_size=cfg.d_ff, max_position_embeddings=cfg.max_positions, type_vocab_size=cfg.n_types,
-                                 layer_norm_eps=cfg.norm_eps)).eval()
+    model = BertModel(BertConfig(vocab_size=cfg.vocab_size, hidden_size=cfg.d_model, num_hidden_layers=cfg.n_layers,
+                                 num_attention_heads=cfg.n_heads, intermediate_size=cfg.d_ff, max_position_embeddings=cfg.max_positions,
+                                 type_vocab_size=cfg.n_types, layer_norm_eps=cfg.norm_eps)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.4)
@@ -59,7 +59,8 @@ def bert_folder(tmp_path_factory):
 
 
 def write_pooling(folder, *modes):
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 12, "pooling_mode_cls_token": False, **dict.fromkeys(modes, True)}))
+    fields = {"word_embedding_dimension": 12, "pooling_mode_cls_token": False, **dict.fromkeys(modes, True)}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(fields))
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def change(path, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-@pytest.mark.parametrize("mode, pooling", [("pooling_mode_mean_tokens", "mean"), ("pooling_mode_cls_token", "cls"), ("pooling_mode_max_tokens", "max")])
+@pytest.mark.parametrize("mode, pooling", encoder.POOLINGS.items())
 def test_a_folder_with_unusual_constants_equals_torch(copy, mode, pooling):
     write_pooling(copy, mode)
     params, cfg = encoder.load_encoder(copy)
@@ -100,9 +101,10 @@ def test_every_field_changes_the_vectors():
     for field, value in {"n_heads": 4, "norm_eps": 0.5, "pooling": "cls"}.items():
         other = np.asarray(encoder.encode(params, dataclasses.replace(CFG, **{field: value}), TOKENS, LENGTHS))
         assert np.abs(other - base).max() > 1e-4, field
-    shapes = lambda **fields: jax.tree.map(lambda x: x.shape, jax.eval_shape(lambda: encoder.init_params(dataclasses.replace(CFG, **fields), 0)))
+    shapes = lambda cfg: jax.tree.map(np.shape, jax.eval_shape(lambda: encoder.init_params(cfg, 0)))
+    ours = shapes(CFG)
     for fields in ({"vocab_size": 20}, {"d_model": 15}, {"n_layers": 1}, {"d_ff": 21}, {"max_positions": 17}, {"n_types": 2}):
-        assert shapes(**fields) != shapes(), fields
+        assert shapes(dataclasses.replace(CFG, **fields)) != ours, fields
 
 
 def test_what_stands_behind_a_text_changes_nothing():
@@ -136,7 +138,8 @@ def test_half_precision_weights_become_float32(copy):
     save_file({f"bert.{k}": v.astype(np.float16) for k, v in load_file(file).items()}, file)
     params, cfg = encoder.load_encoder(copy)
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
-    np.testing.assert_allclose(encoder.encode(params, cfg, TOKENS, LENGTHS), torch_vectors(torch_bert(CFG), TOKENS, LENGTHS, "mean"), atol=2e-3)
+    theirs = torch_vectors(torch_bert(CFG), TOKENS, LENGTHS, "mean")
+    np.testing.assert_allclose(encoder.encode(params, cfg, TOKENS, LENGTHS), theirs, atol=2e-3)
 
 
 def test_a_plain_bert_folder_is_pooled_by_the_mean(copy):
@@ -155,7 +158,8 @@ def test_the_longest_text_and_lower_casing_follow_the_folder(copy):
 
 
 @pytest.mark.parametrize("fields, said", [({"model_type": "mpnet"}, "model_type 'mpnet'"), ({"hidden_act": "relu"}, "hidden_act='relu'"),
-                                          ({"position_embedding_type": "relative_key"}, "relative_key"), ({"vocab_size": "many"}, "wrong kind")])
+                                          ({"position_embedding_type": "relative_key"}, "relative_key"),
+                                          ({"vocab_size": "many"}, "wrong kind")])
 def test_configs_that_cannot_be_honoured_are_refused(copy, fields, said):
     change(copy / "config.json", **fields)
     with pytest.raises(UserError, match=said):
@@ -185,7 +189,8 @@ def test_weights_that_do_not_fit_are_listed(copy):
     save_file(tensors, file)
     with pytest.raises(UserError) as raised:
         encoder.load_encoder(copy)
-    for said in ("surprise is unexpected", "embeddings.LayerNorm.bias is missing", "encoder.layer.1.output.dense.weight has shape [12, 12], config.json says [12, 20]"):
+    for said in ("surprise is unexpected", "embeddings.LayerNorm.bias is missing",
+                 "encoder.layer.1.output.dense.weight has shape [12, 12], config.json says [12, 20]"):
         assert said in str(raised.value)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="not a whole safetensors file"):
@@ -195,8 +200,11 @@ def test_weights_that_do_not_fit_are_listed(copy):
         encoder.load_encoder(copy)
 
 
-def test_a_folder_without_a_tokenizer_is_refused(copy):
-    with pytest.raises(UserError, match="tokenizer.json"):
+def test_a_folder_without_its_own_tokenizer_is_refused(copy, minilm_folder):
+    with pytest.raises(UserError, match="needs its tokenizer.json"):
+        Embedder.from_source(str(copy))
+    shutil.copy(minilm_folder / "tokenizer.json", copy)
+    with pytest.raises(UserError, match="30522 tokens, config.json 19"):
         Embedder.from_source(str(copy))
 
 

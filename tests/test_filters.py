@@ -67,9 +67,9 @@ def test_scripts_without_spaces_count_characters():
     assert not last("question", question("なぜ鳴く")).passed
 
 
-@pytest.mark.parametrize("text, passed", [("an answer without its question", True), ("the sky is blue why", True), ("Sky blue, why is the!", True)])
-def test_echo_wants_the_whole_question_in_order(text, passed):
-    assert last("answer", answer(text)).passed is passed
+@pytest.mark.parametrize("text", ["an answer without its question", "the sky is blue, why", "Why is the sky so blue?"])
+def test_echo_wants_the_whole_question_in_order(text):
+    assert last("answer", answer(text)).passed
 
 
 def test_novelty_names_the_nearest():
@@ -87,7 +87,8 @@ def test_novelty_is_strict_at_the_threshold():
     assert not last("question", question("one two three six"), only_novelty, accepted).passed  # F = 0.75
 
 
-@pytest.mark.parametrize("text, passed", [("Why?", True), ("Why", False), ("なぜ？", True), ("لماذا؟", True), ('He asked "why?"', True), ("Name one.", False)])
+@pytest.mark.parametrize("text, passed", [
+    ("Why?", True), ("Why", False), ("なぜ？", True), ("لماذا؟", True), ('He asked "why?"', True), ("Name one.", False)])
 def test_is_question(text, passed):
     assert last("question", question(text), dataclasses.replace(SETTINGS, question=("is_question",))).passed is passed
 
@@ -116,7 +117,8 @@ def test_shares_of_the_seeds_that_would_be_rejected():
     pair = lambda q, a: SimpleNamespace(question=q, answer=a)
     seeds = [pair("Is it true that water boils?", "Yes."), pair("Is it true that water boils", "No, not always at one hundred degrees."),
              pair("Why?", "Yes."), pair("Which of these numbers is prime?", "Which of these numbers is prime, you ask: seven.")]
-    assert seed_shares(seeds, "question", SETTINGS) == {"parse": 0, "truncated": 0, "min_words": 0.25, "ngram_loop": 0, "exemplar_copy": 0.5}
+    assert seed_shares(seeds, "question", SETTINGS) == {
+        "parse": 0, "truncated": 0, "min_words": 0.25, "ngram_loop": 0, "exemplar_copy": 0.5}
     assert seed_shares(seeds, "answer", SETTINGS) == {
         "parse": 0, "truncated": 0, "min_words": 0.5, "echo": 0.25, "ngram_loop": 0, "exemplar_copy": 0.5}
     assert seed_shares(seeds, "answer", dataclasses.replace(SETTINGS, answer=("min_words",), min_words=1)) == {"min_words": 0}

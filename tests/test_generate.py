@@ -40,7 +40,8 @@ def letters(ids):
 
 def go(requests, *, seed=1, stop_ids=(), dtype="float32", decode=letters, weights=0, slots=4, **more):
     config = EngineConfig(dtype, slots=slots, chunk=16, key_block=32)
-    return generate(params(weights, dtype), TINY, config, mesh(), requests, seed=seed, stop_ids=stop_ids, context=CONTEXT, decode=decode, **more)
+    return generate(params(weights, dtype), TINY, config, mesh(), requests, seed=seed, stop_ids=stop_ids, context=CONTEXT, decode=decode,
+                    **more)
 
 
 def requests_of(lengths, n=12, temperature=0.8, **more):
@@ -52,9 +53,10 @@ def requests_of(lengths, n=12, temperature=0.8, **more):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_company_and_order_do_not_matter(dtype):
     """More requests than slots, of several lengths and limits: alone, reversed and together they say the same."""
-    requests = [dataclasses.replace(r, max_new_tokens=n) for r, n in zip(requests_of([3, 50, 17, 1, 33, 40, 8, 20, 51]), [20, 9, 3, 12, 1, 8, 16, 0, 13])]
+    limits = [20, 9, 3, 12, 1, 8, 16, 0, 13]
+    requests = [dataclasses.replace(r, max_new_tokens=n) for r, n in zip(requests_of([3, 50, 17, 1, 33, 40, 8, 20, 51]), limits)]
     together = go(requests, dtype=dtype)
-    assert [len(c.ids) for c in together] == [20, 9, 3, 12, 1, 8, 16, 0, 13] and {c.finish for c in together} == {"length"}
+    assert [len(c.ids) for c in together] == limits and {c.finish for c in together} == {"length"}
     assert go(requests[::-1], dtype=dtype)[::-1] == together
     for i in (0, 3, 8):
         assert go([requests[i]], dtype=dtype) == [together[i]]
@@ -130,10 +132,10 @@ def test_limits_of_the_context():
     assert [len(c.ids) for c in go(requests_of([120, 127, 5], n=20))] == [8, 1, 20]
     assert go(requests_of([128, 5], n=0)) == [Completion([], "", "length")] * 2
     seen = []
-    for bad, message in ((requests_of([128])[0], "request 1: .*128 tokens"), (Request((), 0, 4, 0.0, 1.0), "request 1: .*empty"),
-                         (Request((97,), 0, 4, 0.0, 1.0), "request 1: token id 97"), (Request((1,), 0, 4, 0.0, 0.0), "request 1: .*top_p=0.0"),
-                         (Request((1,), 0, 4, float("nan"), 1.0), "request 1: .*temperature=nan")):
-        with pytest.raises(UserError, match=message):
+    for bad, message in ((requests_of([128])[0], "128 tokens"), (Request((), 0, 4, 0.0, 1.0), "empty"),
+                         (Request((97,), 0, 4, 0.0, 1.0), "token id 97"), (Request((1,), 0, 4, 0.0, 0.0), "top_p=0.0"),
+                         (Request((1,), 0, 4, float("nan"), 1.0), "temperature=nan")):
+        with pytest.raises(UserError, match=f"request 1: .*{message}"):
             go([requests_of([3])[0], bad], on_progress=lambda *counts: seen.append(counts))
     assert not seen
     assert go([]) == []
@@ -149,12 +151,13 @@ def test_progress_counts():
 def test_other_weights_and_requests_compile_nothing():
     """Weights of the same shape, other lengths, limits, temperatures and stop ids run the programs that are there."""
     events = []
-    go(requests_of([9, 40, 3]))
     listener = lambda name, *_, **__: events.append(name) if "backend_compile" in name else None
+    go(requests_of([9, 40, 3]))
     fresh = params(7)
+    changed = [dataclasses.replace(r, temperature=0.3, top_p=0.5, ignore_eos=True) for r in requests_of([33, 2, 50, 17], n=7)]
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        other = go([dataclasses.replace(r, temperature=0.3, top_p=0.5, ignore_eos=True) for r in requests_of([33, 2, 50, 17], n=7)], weights=7, stop_ids=[1, 2])
+        other = go(changed, weights=7, stop_ids=[1, 2])
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
     assert fresh is params(7) and len(other) == 4

@@ -26,8 +26,9 @@ def write(path, params, cfg=CFG, *, kind=KINDS.F32, skip=(), extra=None, **metad
     """A tiny Llama GGUF as llama.cpp lays it out."""
     writer = gguf_package.GGUFWriter(path, "llama")
     values = {"llama.context_length": 256, "llama.embedding_length": cfg.d_model, "llama.block_count": cfg.n_layers,
-              "llama.feed_forward_length": cfg.d_ff, "llama.attention.head_count": cfg.n_heads, "llama.attention.head_count_kv": cfg.n_kv_heads,
-              "llama.attention.key_length": cfg.head_dim, "llama.attention.value_length": cfg.head_dim,
+              "llama.feed_forward_length": cfg.d_ff, "llama.attention.head_count": cfg.n_heads,
+              "llama.attention.head_count_kv": cfg.n_kv_heads, "llama.attention.key_length": cfg.head_dim,
+              "llama.attention.value_length": cfg.head_dim,
               "llama.rope.dimension_count": cfg.head_dim} | {k.replace("__", "."): v for k, v in metadata.items()}
     for key, value in values.items():
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
@@ -91,7 +92,8 @@ def test_a_file_without_an_output_matrix_is_tied(tmp_path, params):
     assert "head" not in load(path)
 
 
-@pytest.mark.parametrize("kind, tolerance", [(KINDS.F16, 1e-4), (KINDS.BF16, 1e-3), (KINDS.Q8_0, 1e-3), (KINDS.Q4_0, 2e-2), (KINDS.Q4_1, 2e-2)])
+@pytest.mark.parametrize("kind, tolerance", [(KINDS.F16, 1e-4), (KINDS.BF16, 1e-3), (KINDS.Q8_0, 1e-3), (KINDS.Q4_0, 2e-2),
+                                             (KINDS.Q4_1, 2e-2)])
 def test_stored_kinds_become_float32(tmp_path, params, kind, tolerance):
     loaded = dict(leaves(load(write(tmp_path / "m.gguf", params, kind=kind))))
     for where, array in leaves(params):
@@ -128,7 +130,8 @@ def test_no_prefix_of_a_file_reads_as_a_whole_one(tmp_path, params):
             read_header(path)
 
 
-@pytest.mark.parametrize("head, message", [(b"PK\x03\x04", "begins with"), (b"GGUF\x01\0\0\0", "version 1"), (b"GGUF\0\0\0\x03", "version 50331648")])
+@pytest.mark.parametrize("head, message", [(b"PK\x03\x04", "begins with"), (b"GGUF\x01\0\0\0", "version 1"),
+                                           (b"GGUF\0\0\0\x03", "version 50331648")])
 def test_other_files_are_refused(tmp_path, head, message):
     (tmp_path / "x.gguf").write_bytes(head + bytes(100))
     with pytest.raises(UserError, match=message):
@@ -152,5 +155,6 @@ def test_tensors_that_do_not_fit_are_all_listed(tmp_path, params):
                  extra={"blk.0.ffn_up.weight": np.zeros((96, 32)), "blk.9.attn_q.weight": np.zeros((4, 4))})
     with pytest.raises(UserError) as caught:
         load(path)
-    for part in ("layers/1/attn/q/kernel is missing", r"blk.0.ffn_up.weight has shape [96, 32], the metadata says [96, 64]", "blk.9.attn_q.weight is unexpected"):
+    for part in ("layers/1/attn/q/kernel is missing", "blk.0.ffn_up.weight has shape [96, 32], the metadata says [96, 64]",
+                 "blk.9.attn_q.weight is unexpected"):
         assert part in str(caught.value)

@@ -14,10 +14,13 @@ FISH = SimpleNamespace(id="1", question="Do fish sleep?", answer="Yes.\n\nMost o
 BATS = SimpleNamespace(id="0", question="Are bats blind?", answer="No, they see.", row=3)
 PLAIN = Template("plain")
 
-CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant<|im_end|>\n{% endif %}"
-          "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+          "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n{% endif %}"
+          "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 REFUSES_SYSTEM = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-                  "{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]{% else %} {{ m['content'] | trim }}</s>{% endif %}{% endfor %}")
+                  "{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
+                  "{% else %} {{ m['content'] | trim }}</s>{% endif %}{% endfor %}")
 LAST_ONLY = "<|user|>{{ messages[-1]['content'] }}"
 
 
@@ -40,7 +43,8 @@ def chat(template):
 def test_plain_prompts_letter_by_letter():
     assert PLAIN.question_segments([FISH, BATS]) == (
         ("Q: Are bats blind?\nA: No, they see.\n\nQ: Do fish sleep?\nA: Yes.\nMost of them rest.\n\nQ:", False),)
-    assert PLAIN.answer_segments([BATS], " Why?\n\nTell me. ") == (("Q: Are bats blind?\nA: No, they see.\n\nQ: Why?\nTell me.\nA:", False),)
+    assert PLAIN.answer_segments([BATS], " Why?\n\nTell me. ") == (
+        ("Q: Are bats blind?\nA: No, they see.\n\nQ: Why?\nTell me.\nA:", False),)
     assert PLAIN.question_segments([]) == (("Q:", False),)
     assert PLAIN.training_segments("Why?") == PLAIN.answer_segments([], "Why?") == (("Q: Why?\nA:", False),)
     assert PLAIN.continuation("Because.") == " Because."
@@ -83,8 +87,9 @@ def test_markers_in_a_pair_stay_text_in_chat():
 
 
 def test_a_template_that_refuses_a_system_turn_gets_none():
-    assert show(chat(REFUSES_SYSTEM).answer_segments([BATS], "Why?")) == "[INST] Are bats blind? [/INST] No, they see.</s>[INST] Why? [/INST]"
-    assert show(chat(REFUSES_SYSTEM).question_segments([BATS])) == "[INST] Are bats blind? [/INST] No, they see.</s>[INST] "
+    template = chat(REFUSES_SYSTEM)
+    assert show(template.answer_segments([BATS], "Why?")) == "[INST] Are bats blind? [/INST] No, they see.</s>[INST] Why? [/INST]"
+    assert show(template.question_segments([BATS])) == "[INST] Are bats blind? [/INST] No, they see.</s>[INST] "
 
 
 def test_human_words_of_chat_templates():
@@ -98,8 +103,8 @@ def test_a_template_that_loses_messages_is_refused():
 
 
 def test_hash_follows_what_the_template_makes():
-    made = [PLAIN, Template("plain", "Frage:"), Template("plain", answer_marker="R:"), Template("plain", order="id"), chat(CHATML), chat(REFUSES_SYSTEM),
-            chat(CHATML.replace("if add_generation_prompt", "if false"))]
+    made = [PLAIN, Template("plain", "Frage:"), Template("plain", answer_marker="R:"), Template("plain", order="id"), chat(CHATML),
+            chat(REFUSES_SYSTEM), chat(CHATML.replace("if add_generation_prompt", "if false"))]
     assert len({t.hash for t in made}) == len(made)
     assert chat(CHATML).hash == chat(CHATML).hash
 
@@ -117,7 +122,7 @@ def test_fit_drops_the_farthest_first():
     assert fit([FISH, BATS], build, words, words(build([FISH, BATS]))) == (build([FISH, BATS]), [FISH, BATS])
     assert fit([FISH, BATS], build, words, words(build([FISH, BATS])) - 1) == (build([FISH]), [FISH])
     assert fit([FISH, BATS], build, words, 3) == (build([]), [])
-    with pytest.raises(UserError, match="has 3 tokens, but only 2 are allowed"):
+    with pytest.raises(UserError, match="has 3 tokens, of 2 allowed"):
         fit([FISH, BATS], build, words, 2)
 
 

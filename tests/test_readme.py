@@ -10,7 +10,8 @@ from isara_jax import cli, config as config_lib
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-ROWS = {row[0]: row[1:] for row in ([c.strip() for c in line.strip("|").split(" | ")] for line in TEXT.splitlines() if line.startswith("| `"))}
+CELLS = [[c.strip() for c in line.strip("|").split(" | ")] for line in TEXT.splitlines() if line.startswith("| `")]
+ROWS = {row[0]: row[1:] for row in CELLS}
 
 
 def fields(config, path=""):
@@ -32,7 +33,8 @@ def test_two_commands_are_at_the_top():
 
 
 def test_the_field_table_is_the_schema():
-    shown = {key.strip("`"): (row[0].strip("`").replace("empty", ""), row[1]) for key, row in ROWS.items() if row[1:2] in (["identity"], ["runtime"])}
+    rows = {key.strip("`"): row for key, row in ROWS.items() if row[1:2] in (["identity"], ["runtime"])}
+    shown = {key: (default.strip("`").replace("empty", ""), kind) for key, (default, kind, _) in rows.items()}
     assert shown == fields(config_lib.Config())
 
 

@@ -66,7 +66,7 @@ def test_a_folder_a_file_and_a_folder_with_one_gguf(model, tmp_path, monkeypatch
     assert resolve.resolve("g").path.name == "m.gguf"
 
 
-def test_an_embedded_name_is_taken_from_the_cache(tmp_path, monkeypatch):
+def test_an_embedded_name_that_may_not_be_fetched_says_how_to(monkeypatch):
     monkeypatch.setattr(assets, "find", lambda name: None)
     with pytest.raises(UserError, match="python -m isara_jax.fetch minilm-l6"):
         resolve.resolve("minilm-l6", fetch=False)
@@ -110,7 +110,8 @@ def test_what_the_hub_refuses_is_explained(hub, error, message):
 
 
 @pytest.mark.parametrize("offline, reachable, fetch, message", [
-    (True, True, True, "HF_HUB_OFFLINE is set"), (False, False, True, "does not answer from this machine"), (False, True, False, "not asked to download"),
+    (True, True, True, "HF_HUB_OFFLINE is set"), (False, False, True, "does not answer from this machine"),
+    (False, True, False, "not asked to download"),
 ])
 def test_nothing_is_downloaded_without_leave_or_a_network(hub, monkeypatch, offline, reachable, fetch, message):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
@@ -186,7 +187,8 @@ def test_large_files_are_told_apart_by_samples(tmp_path, monkeypatch):
     assert resolve.resolve(str(tmp_path / "b.gguf")).content_hash() != before
 
 
-@pytest.mark.parametrize("text, message", [("{", "not valid JSON"), ("[]", "holds a list where a dict is expected"), (None, "cannot be read")])
+@pytest.mark.parametrize("text, message", [("{", "not valid JSON"), ("[]", "holds a list where a dict is expected"),
+                                           (None, "cannot be read")])
 def test_damaged_json_names_its_file(tmp_path, text, message):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
@@ -197,5 +199,6 @@ def test_damaged_json_names_its_file(tmp_path, text, message):
 
 
 def test_resolving_and_fetching_import_no_jax():
-    code = "import sys; import isara_jax.fetch, isara_jax.models.resolve, isara_jax.models.gguf_header; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
+    code = ("import sys, isara_jax.fetch, isara_jax.models.resolve, isara_jax.models.gguf_header, isara_jax.data.tokenizer; "
+            "sys.exit('jax' in sys.modules or 'torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -147,7 +147,7 @@ def test_optimizer_is_torch_adamw_with_clipping(decay):
         np.testing.assert_allclose(ours["norm"]["scale"], scale.detach(), atol=1e-6)
 
 
-def test_the_loss_curve_is_that_of_torch_and_transformers(tmp_path):
+def test_the_loss_curve_is_that_of_torch_and_transformers():
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     theirs_cfg = transformers.LlamaConfig(vocab_size=23, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
                                           num_key_value_heads=2, head_dim=6, rms_norm_eps=CFG.norm_eps, rope_theta=CFG.rope_theta)
@@ -170,7 +170,7 @@ def test_the_loss_curve_is_that_of_torch_and_transformers(tmp_path):
         torch.nn.utils.clip_grad_norm_(model.parameters(), sft.clip)
         tx.step()
         schedule.step()
-    assert made.losses[-1][0] < 0.9 * made.losses[0][0]
+    assert made.losses[-1][0] < 0.95 * made.losses[0][0]
 
 
 def _to_torch(torch, params):

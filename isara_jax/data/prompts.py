@@ -117,7 +117,7 @@ class Template:
         return tuple((text, is_template) for text, is_template in segments if text)
 
     def _render(self, messages: list[dict[str, str]], open_answer: bool) -> str:
-        """With an empty system turn, as some templates put an instruction of their own where there is none; without one where it is refused."""
+        """With an empty system turn, since some templates have an instruction of their own for its absence; without where it is refused."""
         try:
             return self.render_chat([{"role": "system", "content": ""}, *messages], add_generation_prompt=open_answer)
         except UserError:
@@ -138,8 +138,8 @@ def fit(exemplars: Sequence[Any], build: Callable[[Sequence[Any]], Segments], co
     used = list(exemplars)
     while (size := count(segments := build(used))) > budget:
         if not used:
-            raise UserError(f"a prompt without exemplars already has {size} tokens, but only {budget} are allowed (config.prompt.budget, or the "
-                            "context less the new tokens). Raise the budget, shorten the questions, or take a model with a longer context.")
+            raise UserError(f"a prompt without exemplars already has {size} tokens, of {budget} allowed (config.prompt.budget, or "
+                            "the context less the new tokens). Raise the budget, shorten the questions, or take a model with more context.")
         used.pop()
     return segments, used
 

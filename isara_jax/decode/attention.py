@@ -64,8 +64,8 @@ def decode(dtype: str, k: tuple[jax.Array, ...], v: tuple[jax.Array, ...], cache
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer, state):
         K, W = k_BTKH.shape[2], k[layer].shape[-1]
-        at_j = lambda into, new: jax.lax.dynamic_update_slice(into, new.astype(dtype).astype(jnp.float32).transpose(0, 2, 1, 3), (0, 0, j, 0))
-        recent_k, recent_v = at_j(state[0][layer], k_BTKH), at_j(state[1][layer], v_BTKH)
+        put = lambda into, new: jax.lax.dynamic_update_slice_in_dim(into, new.transpose(0, 2, 1, 3), j, axis=2)
+        recent_k, recent_v = put(state[0][layer], k_BTKH), put(state[1][layer], v_BTKH)
         q_BKRH = group_heads(q_BTNH * q_BTNH.shape[-1] ** -0.5, K).astype(dtype)
         visible = lambda c: (c * W + jnp.arange(W) < cached_B[:, None])[:, None, None]
         acc = _over_blocks(q_BKRH, k[layer], v[layer], (longest + W - 1) // W, visible, dtype)

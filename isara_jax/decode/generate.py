@@ -87,8 +87,8 @@ def generate(params: Params, cfg: ModelConfig, config: EngineConfig, mesh: Mesh,
             completions[i] = Completion([], "" if decode else None, "length")
     progress = _Progress(on_progress, len(requests), done=sum(c is not None for c in completions))
     keys = request_keys(seed, np.array([r.address for r in requests], np.uint64))
-    stops = np.array(sorted(stop_ids), np.int32)
-    stops = np.pad(stops, (0, -len(stops) % STOP_IDS or STOP_IDS * (not len(stops))), constant_values=-1)
+    stops = np.array(sorted(stop_ids) or [-1], np.int32)
+    stops = np.pad(stops, (0, -len(stops) % STOP_IDS), constant_values=-1)
     for capacity, group in _groups([len(r.tokens) + limit if limit else 0 for r, limit in zip(requests, limits)], config.key_block):
         run = _Run(params, Engine(cfg, config, mesh, capacity), requests, limits, keys, stops, decode, progress)
         for i, completion in run.run(group):

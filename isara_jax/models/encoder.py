@@ -148,8 +148,8 @@ def encoder_config(folder: Path) -> EncoderConfig:
     path = folder / "config.json"
     raw = read_json(path)
     if raw.get("model_type") != "bert":
-        raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported as an encoder; supported is bert (MiniLM, BGE, GTE, E5 "
-                        "and others that use its layout). Set --config.retrieval.encoder=minilm-l6 or another folder.")
+        raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported as an encoder; supported is bert (MiniLM, BGE, "
+                        "GTE, E5 and others that use its layout). Set --config.retrieval.encoder=minilm-l6 or another folder.")
     problems = [f"{k}={raw[k]!r} (supported: {v!r})" for k, v in FIXED.items() if raw.get(k, v) != v]
     if problems:
         raise UserError(f"{path}: not supported yet: {', '.join(problems)}. Running it anyway would give wrong vectors.")
@@ -180,12 +180,13 @@ def _pooling(folder: Path) -> str:
     raw = read_json(folder / inner / "config.json")
     modes = [k for k, v in raw.items() if k.startswith("pooling_mode_") and v is True]
     if len(modes) != 1 or modes[0] not in POOLINGS:
-        raise UserError(f"{folder / inner / 'config.json'}: pooling {' + '.join(modes) or 'none'} is not supported yet; supported is one of {', '.join(POOLINGS)}.")
+        raise UserError(f"{folder / inner / 'config.json'}: pooling {' + '.join(modes) or 'none'} is not supported yet; supported is one "
+                        f"of {', '.join(POOLINGS)}.")
     return POOLINGS[modes[0]]
 
 
 def text_rules(folder: Path, cfg: EncoderConfig) -> tuple[int, bool]:
-    """(most tokens of a text, whether it is lower-cased first), as sentence_bert_config.json says; without one, all positions and as it stands."""
+    """(most tokens of a text, whether it is lower-cased first), as sentence_bert_config.json says; without one, all positions and no."""
     path = folder / "sentence_bert_config.json"
     raw = read_json(path) if path.exists() else {}
     longest = raw.get("max_seq_length") or cfg.max_positions
@@ -236,7 +237,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The (name, array) pairs of a folder's safetensors files; checkpoints with a head call the encoder "bert."."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{folder} holds no .safetensors weights (a pytorch_model.bin is a pickle and is never read). Get the folder again, or name another.")
+        raise UserError(f"{folder} holds no .safetensors weights (a pytorch_model.bin is a pickle and is never read). "
+                        "Get the folder again, or name another.")
     for file in files:
         try:
             with safetensors.safe_open(file, framework="numpy") as opened:

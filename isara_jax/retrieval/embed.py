@@ -45,11 +45,11 @@ class Embedder:
                        TINY_CONFIG.max_positions, TINY)
         source = resolve(name)
         if source.kind != "hf":
-            raise UserError(f"config.retrieval.encoder={name!r} is not a sentence encoder in a Hugging Face folder. Use minilm-l6, or a folder or hub id "
-                            "of a BERT encoder with config.json, tokenizer.json and model.safetensors.")
+            raise UserError(f"config.retrieval.encoder={name!r} is not a sentence encoder in a Hugging Face folder. Use minilm-l6, or a "
+                            "folder or hub id of a BERT encoder with config.json, tokenizer.json and model.safetensors.")
         params, cfg = encoder.load_encoder(source.path)
         max_length, lower = encoder.text_rules(source.path, cfg)
-        return cls(params, cfg, _tokenizer(source.path, max_length, lower), max_length, source.content_hash())
+        return cls(params, cfg, _tokenizer(source.path, cfg, max_length, lower), max_length, source.content_hash())
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors [len(texts), dim] float32. A text gives the same bits alone, in any company and in any order (DESIGN rule 1)."""
@@ -76,13 +76,16 @@ class Embedder:
             yield from ((members[at:at + size], (size, length)) for at in range(0, len(members), size))
 
 
-def _tokenizer(folder: Path, max_length: int, lower: bool) -> Callable[[str], list[int]]:
+def _tokenizer(folder: Path, cfg: EncoderConfig, max_length: int, lower: bool) -> Callable[[str], list[int]]:
     """Text to token ids with the folder's tokenizer.json, [CLS] and [SEP] included."""
     path = folder / "tokenizer.json"
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises bare Exception
         raise UserError(f"{path} cannot be read as a tokenizer ({e}). An encoder folder needs its tokenizer.json; get it again.") from None
+    if inner.get_vocab_size() > cfg.vocab_size:
+        raise UserError(f"{path} knows {inner.get_vocab_size()} tokens, config.json {cfg.vocab_size}: they are not of one "
+                        "model. Get the folder again.")
     inner.no_padding()  # files carry the padding and truncation of whoever saved them: MiniLM's says 128 tokens, always
     inner.enable_truncation(max_length)
     return lambda text: inner.encode(text.lower() if lower else text).ids

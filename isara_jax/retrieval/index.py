@@ -14,7 +14,8 @@ import numpy as np
 
 from isara_jax.common import UserError
 
-Propose = Callable[[np.ndarray, int], list[np.ndarray]]  # queries [m, d], count -> for each query the numbers of `count` near rows (a tree may have fewer)
+# queries [m, d], count -> for each query the numbers of `count` near rows (a tree may find fewer)
+Propose = Callable[[np.ndarray, int], list[np.ndarray]]
 
 MARGIN = 16        # neighbours proposed beyond those asked for
 DIGITS = 6         # scores are rounded to so many, so that the order does not hang on the last bits
@@ -98,8 +99,8 @@ def build(vectors: np.ndarray, ids: Sequence[str], *, backend: str = "auto") -> 
     try:
         return Index(vectors, ids, backend, reason, _scann_searcher(_scann(), vectors) if len(ids) else _numpy(vectors))
     except ImportError as e:
-        raise UserError(f"config.retrieval.index='scann', but scann cannot be imported ({e}). On Linux: pip install scann. Elsewhere it has no wheel: set "
-                        "--config.retrieval.index=auto (numpy then; the neighbours are the same).") from None
+        raise UserError(f"config.retrieval.index='scann', but scann cannot be imported ({e}). On Linux: pip install scann. Elsewhere it "
+                        "has no wheel: set --config.retrieval.index=auto (numpy then; the neighbours are the same).") from None
 
 
 def _checked(vectors: np.ndarray, width: int) -> np.ndarray:
@@ -127,7 +128,7 @@ def _numpy(vectors: np.ndarray) -> Propose:
 
 
 def _scann_searcher(scann: Any, vectors: np.ndarray) -> Propose:
-    """ScaNN: brute force, or tree and anisotropic hashing with exact reordering for large pools (its tree needs more points than leaves)."""
+    """ScaNN: brute force; for large pools a tree with anisotropic hashing and exact reordering (trees need more points than leaves)."""
     builder = scann.scann_ops_pybind.builder(vectors, 1, "dot_product")
     if len(vectors) <= EXACT_UP_TO:
         searcher = builder.score_brute_force().build()

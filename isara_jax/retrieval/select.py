@@ -45,8 +45,8 @@ def _random(index: Index, k: int, address: int) -> list[str]:
 def _diverse(index: Index, candidates: list[tuple[str, float]], k: int, weight: float) -> list[tuple[str, float]]:
     """k of the candidates (best first), chosen greedily by lambda * relevance - (1 - lambda) * highest similarity to one already chosen.
 
-    Maximal marginal relevance (Carbonell and Goldstein 1998), in float64, rounded, ties by id. The first candidate is always chosen. Returned
-    in the order of the candidates, nearest first.
+    Maximal marginal relevance (Carbonell and Goldstein 1998), in float64, rounded, ties by id. The first candidate is always chosen.
+    Returned in the order of the candidates, nearest first.
     """
     if len(candidates) <= k:
         return candidates

@@ -80,8 +80,6 @@ def fit(params: decoder.Params, cfg: ModelConfig, examples: Sequence[Example], s
         if checkpoints and (i + 1) % sft.save_every == 0 and i + 1 < len(plan):
             checkpoints.save_unfinished(tag, state, {"losses": losses})
 
-    if checkpoints:
-        checkpoints.wait()
     tuned = _unstack(state.params, cfg, jax.tree.map(lambda x: x.sharding, params))
     return FitResult(tuned, losses, len(plan), sft.epochs * sum(e.inputs for e in examples))
 

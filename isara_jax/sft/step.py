@@ -78,7 +78,7 @@ def train_step(cfg: ModelConfig, sft: Sft, mesh: Mesh, dtype: str):
         (_, total), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        return TrainState(params, opt), Metrics(total, count, optax.global_norm(grads))
+        return TrainState(params, opt), Metrics(total, count, optax.tree.norm(grads))
 
     state, whole = _places(abstract_state(cfg, sft, mesh)), NamedSharding(mesh, P())
     rows = NamedSharding(mesh, ShardingConfig().tokens_bt)
