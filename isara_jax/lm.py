@@ -21,7 +21,7 @@ from isara_jax.data import tokenizer as tokenizer_lib
 from isara_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from isara_jax.decode.engine import EngineConfig, prepare
 from isara_jax.decode.generate import Request, generate
-from isara_jax.models import assets, decoder, gguf, hf, resolve
+from isara_jax.models import decoder, gguf, hf, resolve
 from isara_jax.models.config import ModelConfig
 from isara_jax.models.layers import causal_attention
 from isara_jax.sharding import make_mesh, param_shardings, put_rows, row_devices
@@ -189,7 +189,7 @@ def describe(name: str, *, context: int = 0) -> Blueprint:
         cfg, own, tokenizer = resolve.TINY_CONFIG, resolve.TINY_CONTEXT, ByteTokenizer()
     elif source.kind == "gguf":
         cfg, own = gguf.model_config(source.path), gguf.context_length(source.path)
-        tokenizer = tokenizer_lib.from_gguf(functools.partial(gguf.metadata, source.path), source.path, assets.cache_folder() / "tokenizers")
+        tokenizer = tokenizer_lib.from_gguf(functools.partial(gguf.metadata, source.path), source.path)
     else:
         cfg, own, tokenizer = hf.model_config(source.path), hf.context_length(source.path), tokenizer_lib.from_folder(source.path)
     if context > own:

@@ -10,7 +10,7 @@ PROMPTS = 3
 
 def show(session: Session) -> None:
     """Print three whole question prompts with their token counts, then the plan. Nothing is generated and nothing written."""
-    setting = session.setting(keep_vectors=False)
+    setting = session.setting()
     rows = session.method.question_prompts(setting, 1, session.train_seeds, PROMPTS)
     count = lambda segments: len(session.blueprint.tokenizer.encode_segments(segments))
     for number, row in enumerate(rows, 1):
@@ -26,7 +26,7 @@ def plan(session: Session) -> None:
 
     Raises `UserError` when the memory cannot suffice.
     """
-    setting = session.setting(keep_vectors=False)
+    setting = session.setting()
     rows = session.method.question_prompts(setting, 1, session.train_seeds, min(len(session.train_seeds), 32))
     gflops = preflight.measure_speed(session.dtype)
     estimate = make_plan(session, rows, gflops)

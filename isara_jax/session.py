@@ -1,15 +1,17 @@
 """Everything about a run that is known before weights are read: seeds checked and split, limits, prompts, identity, plan."""
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import statistics
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any, Callable, ContextManager, Sequence
 
 from jax.sharding import Mesh
 
 from isara_jax import preflight
-from isara_jax.common import UserError
+from isara_jax.common import UserError, write_jsonl
 from isara_jax.config import Config
 from isara_jax.console import Console
 from isara_jax.data import filters, prompts, seeds
@@ -17,6 +19,7 @@ from isara_jax.data.batching import Example
 from isara_jax.data.pool import Pool, Record, pair_id
 from isara_jax.data.prompts import Template
 from isara_jax.lm import Blueprint
+from isara_jax.ledger import Cost
 from isara_jax.methods import isara
 from isara_jax.methods.setting import Limits, Setting
 from isara_jax.models.config import ModelConfig
@@ -60,11 +63,12 @@ class Session:
                 "template": self.template.hash, "tokenizer": self.blueprint.tokenizer.hash, "dtype": self.dtype,
                 "context": self.blueprint.context, "question_tokens": self.limits.question, "answer_tokens": self.limits.answer}
 
-    def setting(self, *, keep_vectors: bool = True) -> Setting:
-        """The run as its method sees it."""
-        vectors = VectorStore(self.workdir.root / "vectors" if keep_vectors else None, self.embedder)
+    def setting(self, account: Callable[[str, int], ContextManager[Any]] | None = None) -> Setting:
+        """The run as its method sees it; costs go to `account`. Without it, for a preview, nothing is accounted for or kept on disk."""
+        vectors = VectorStore(self.workdir.root / "vectors" if account else None, self.embedder)
         return Setting(self.config, self.blueprint.tokenizer, self.template, self.blueprint.context, self.limits, Pool(self.workdir.pool),
-                       tuple(s.question for s in self.held_out), vectors, self.workdir.iteration, self.console.note)
+                       tuple(s.question for s in self.held_out), vectors, self.workdir.iteration, self.console.note,
+                       account or (lambda stage, iteration: contextlib.nullcontext(Cost(iteration, stage))))
 
     def example(self, question: str, answer: str) -> Example:
         """A pair as the model is trained and scored on it: the answer and its EOS are supervised, the prompt is not."""
@@ -115,7 +119,8 @@ def report_seeds(session: Session) -> None:
 
 
 def start_pool(session: Session) -> None:
-    """Write the seeds as the pool's first segment; an existing one must be the same."""
+    """Write the seeds as the pool's first segment (an existing one must be the same), and those held out beside the pool."""
+    write_jsonl(session.workdir.root / "held_out.jsonl", map(dataclasses.asdict, session.held_out))
     Pool(session.workdir.pool).append(0, list(session.train_seeds))
 
 

@@ -20,7 +20,7 @@ from isara_jax.common import atomic_write, read_jsonl, write_jsonl
 from isara_jax.config import Config, from_dict
 from isara_jax.console import Console
 from isara_jax.data import seeds as seeds_lib
-from isara_jax.data.pool import Pool, Record
+from isara_jax.data.pool import Record
 from isara_jax.decode.generate import Completion, Request
 from isara_jax.ledger import Ledger
 from isara_jax.metrics import MetricsWriter
@@ -84,10 +84,11 @@ def run(session: Session, lm: lm_lib.LM) -> Run:
     """Iterate until the stop rule has a reason: generate and filter new pairs, grow the pool, fine-tune, measure."""
     config, console, workdir, method = session.config, session.console, session.workdir, session.method
     lm = lm.with_engine(slots=config.generate.slots, chunk=config.generate.prefill_chunk, key_block=config.generate.key_block)
-    setting, rule = session.setting(), StopRule.of(config.stop)
+    rule = StopRule.of(config.stop)
     checkpoints = Checkpoints(workdir.checkpoints, keep=config.keep)
     with MetricsWriter(workdir.root) as metrics:
         ledger = Ledger(metrics)
+        setting = session.setting(ledger.stage)
         current = Current(lm, checkpoints)
 
         before = finished(workdir.iteration(0)) or finish(workdir.iteration(0), measure(session, ledger, current.lm(0), 0), metrics)
@@ -239,8 +240,8 @@ def tell(session: Session, t: int, before: dict[str, Any], summary: dict[str, An
     """Show an iteration: funnel, some pairs, before and after, losses, cost."""
     console, folder = session.console, session.workdir.iteration(t)
     console.funnel_table(t, summary["funnel"])
-    console.pairs_table(read_jsonl(folder / "kept.jsonl")[:5])
     if summary["kept"]:
+        console.pairs_table(read_jsonl(folder / "kept.jsonl")[:5])
         console.samples_table(read_jsonl(session.workdir.iteration(0) / "samples.jsonl"), read_jsonl(folder / "samples.jsonl"))
     if summary["held_out"] is not None:
         console.note(f"held-out loss {before['held_out']:.4f} before, {summary['held_out']:.4f} after iteration {t} (nats per answer token, "

@@ -99,8 +99,9 @@ def test_stop_strings():
     ids = go([request])[0].ids
     text = letters(ids)
     for start in range(3, 12):
-        at = text.find(text[start:start + 4])
-        made = go([dataclasses.replace(request, stop=(text[start:start + 4], "never"))])[0]
+        stop = text[start:start + 4]
+        at = text.find(stop)
+        made = go([dataclasses.replace(request, stop=(stop, "never"))])[0]
         assert made == Completion(ids[:at], text[:at], "stop"), start
     assert go([dataclasses.replace(request, stop=("never",))]) == [Completion(ids, text, "length")]
     with pytest.raises(ValueError, match="no decode"):
@@ -108,7 +109,8 @@ def test_stop_strings():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 2), max_size=20), st.lists(st.text("ab ", min_size=1, max_size=3), min_size=1, max_size=3), st.integers(1, 8))
+@given(st.lists(st.integers(0, 2), max_size=20), st.lists(st.text("ab ", min_size=1, max_size=3), min_size=1, max_size=3),
+       st.integers(1, 8))
 def test_cut_is_as_if_looked_for_after_every_token(ids, stop, stride):
     """Looking every `stride` tokens finds what looking after each token finds."""
     decode = lambda ids: "".join(["a", "b ", "ab"][i] for i in ids)

@@ -84,8 +84,8 @@ def test_the_metrics_hold_costs_and_losses_and_the_texts_hold_no_times(whole):
     assert {(t, s) for t in (1, 2) for s in ("questions", "answers", "fine-tuning", "checkpoint", "held-out loss")} <= stages
     generated = [r for r in rows if r["kind"] == "cost" and r["stage"] == "questions"]
     assert all(r["prefilled"] > 0 and r["generated"] > 0 and r["seconds"] > 0 and r["peak_gib"] > 0 for r in generated)
-    text = b"".join(texts(whole).values())
-    assert b"seconds" not in text and b"time" not in text.replace(b"times", b"")
+    keys = {key for path in (whole / "iterations").rglob("*.jsonl") for row in read_jsonl(path) for key in row}
+    assert keys and not [key for key in keys if "second" in key or "time" in key or "date" in key]
 
 
 def test_parameters_of_every_iteration_are_kept_and_nothing_of_the_optimizer(whole):
@@ -191,7 +191,7 @@ def test_align_takes_pairs_and_does_not_change_the_model(tmp_path):
     before = jax.tree.map(np.asarray, lm.params)
     pairs = [(f"What is number {w} good for in counting?", f"It counts {w} things at a time.") for w in ("one", "two", "three", "four")]
     config = {"generate": {"requests": 4, "question": {"max_new_tokens": 16}, "answer": {"max_new_tokens": 16}}, "retrieval": {
-        "encoder": "tiny-random-encoder", "k": 1}, "filters": {"question": ("parse",), "answer": ("parse",)}, "stop": {"iterations": 1},
+        "encoder": "tiny-random-encoder", "k": 1}, "filters": {"question": ("min_words",), "answer": ("min_words",), "min_words": 1}, "stop": {"iterations": 1},
         "sft": {"epochs": 1, "lr": 1e-2}}
     run = isara_jax.align(lm, pairs, config, tmp_path / "run")
     assert [m["iteration"] for m in run.metrics] == [0, 1] and run.workdir == tmp_path / "run"

@@ -16,7 +16,7 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from isara_jax.common import UserError, atomic_write, content_hash, file_hash
+from isara_jax.common import UserError, atomic_write, content_hash
 
 Segments = Sequence[tuple[str, bool]]
 
@@ -172,12 +172,11 @@ def from_folder(folder: Path) -> Tokenizer:
                      name=str(folder))
 
 
-def from_gguf(metadata: Any, file: Path, cache: Path | None = None) -> Tokenizer:
+def from_gguf(metadata: Any, file: Path) -> Tokenizer:
     """The byte-level BPE tokenizer in a GGUF's metadata.
 
     Args:
         metadata: key, default -> value of the file (`isara_jax.models.gguf.metadata` bound to it).
-        cache: a folder where the built tokenizer.json is kept (2 s to build, 0.1 s to read), or None.
     """
     model, pre = metadata("tokenizer.ggml.model"), metadata("tokenizer.ggml.pre", "default")
     if model != "gpt2" or pre not in ("smollm", "gpt-2", "default"):
@@ -185,16 +184,7 @@ def from_gguf(metadata: Any, file: Path, cache: Path | None = None) -> Tokenizer
                         "Hugging Face folder with its tokenizer.json.")
     names = metadata("tokenizer.ggml.tokens")
     name = lambda key: names[metadata(key)] if metadata(key, -1) != -1 else None
-    kept = cache / f"{file_hash(file)}.json" if cache else None
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(kept))
-    except Exception:  # not there yet, or damaged: build it again
-        backend = _build_bpe(names, metadata("tokenizer.ggml.merges"), metadata("tokenizer.ggml.token_type"), digits=pre == "smollm")
-        if kept:
-            try:
-                atomic_write(kept, backend.to_str())
-            except OSError:
-                pass  # a cache that cannot be written only costs time
+    backend = _build_bpe(names, metadata("tokenizer.ggml.merges"), metadata("tokenizer.ggml.token_type"), digits=pre == "smollm")
     return Tokenizer(backend, eos=name("tokenizer.ggml.eos_token_id"), bos=name("tokenizer.ggml.bos_token_id"),
                      stop_ids=[i for key in ("eot", "eom") if (i := metadata(f"tokenizer.ggml.{key}_token_id", -1)) != -1],
                      adds_bos=metadata("tokenizer.ggml.add_bos_token", False),

@@ -10,13 +10,13 @@ What the paper leaves open (k, prompts, thresholds, what is compared) is config;
 """
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 from isara_jax.common import address
 from isara_jax.data import filters, parse, prompts
 from isara_jax.data.pool import Record, pair_id
 from isara_jax.data.rouge import NoveltyIndex, tokens
-from isara_jax.decode.generate import Request
+from isara_jax.decode.generate import Completion, Request
 from isara_jax.methods.setting import Sampler, Setting, budget
 from isara_jax.retrieval import index, select
 from isara_jax.workdir import stage
@@ -50,7 +50,7 @@ def question_prompts(s: Setting, t: int, pool: Sequence[Record], count: int) -> 
     """
     anchors = [pool[i % len(pool)] for i in range(count)]
     rows = [_place(t, i // len(pool), anchor.id) for i, anchor in enumerate(anchors)]
-    exemplars = _retrieve(s, pool, rows, "question", [a.question for a in anchors], [a.id for a in anchors])
+    exemplars = _retrieve(s, t, pool, rows, "question", [a.question for a in anchors], [a.id for a in anchors])
     build, room = s.template.question_segments, budget(s, s.limits.question)
     return _with_prompts(s, rows, exemplars, [build] * count, room)
 
@@ -59,20 +59,22 @@ def ask(s: Setting, t: int, pool: Sequence[Record], sample: Sampler) -> list[Row
     """Generate, parse and filter new questions; every request leaves a row, accepted or not."""
     asked = question_prompts(s, t, pool, s.config.generate.requests)
     completions = sample("questions", _requests(s, "question", asked))
-    novelty = NoveltyIndex()
-    for record in pool:
-        novelty.add(record.id, tokens(record.question))
-    for question in s.held_out:
-        novelty.add("held-out", tokens(question))
-    rows = []
+    with s.account("question filters", t):
+        return [_row(i, *rest) for i, rest in enumerate(_judge_questions(s, pool, asked, completions))]
+
+
+def _judge_questions(s: Setting, pool: Sequence[Record], asked: Sequence[Row], completions: Sequence[Completion]) -> Iterator[tuple]:
+    """Parse and filter in request order: a question is compared with the pool, the held-out seeds and all accepted before it."""
+    accepted = NoveltyIndex()
+    for name, question in [(r.id, r.question) for r in pool] + [("held-out", q) for q in s.held_out]:
+        accepted.add(name, tokens(question))
     for request, (row, completion) in enumerate(zip(asked, completions, strict=True)):
         parsed = parse.parse(completion.text, s.template)
         candidate = filters.Candidate(parsed.text, None, completion.finish, parsed.verdict, row["shots"])
-        verdicts = filters.run("question", candidate, s.config.filters, novelty)
-        if verdicts[-1].passed:
-            novelty.add(f"request {request}", tokens(parsed.text))
-        rows.append(_row(request, row, completion, verdicts, question=parsed.text))
-    return rows
+        verdicts = filters.run("question", candidate, s.config.filters, accepted)
+        if all(v.passed for v in verdicts):
+            accepted.add(f"request {request}", tokens(parsed.text))
+        yield row, completion, verdicts, {"question": parsed.text}
 
 
 # -------------------------------------------------------------------------------------------------------------------- answers
@@ -83,20 +85,26 @@ def answer(s: Setting, t: int, pool: Sequence[Record], questions: Sequence[Row],
         return []
     texts = [q["question"] for q in accepted]
     rows = [_place(t, q["address"]["attempt"], q["address"]["anchor"]) for q in accepted]
-    exemplars = _retrieve(s, pool, rows, "answer", texts, None)
+    exemplars = _retrieve(s, t, pool, rows, "answer", texts, None)
     builds = [lambda shots, text=text: s.template.answer_segments(shots, text) for text in texts]
     asked = _with_prompts(s, rows, exemplars, builds, budget(s, s.limits.answer))
     completions = sample("answers", _requests(s, "answer", asked))
-    known, out = {r.id for r in pool}, []
-    for question, row, completion in zip(accepted, asked, completions, strict=True):
+    with s.account("answer filters", t):
+        return [_row(*rest) for rest in _judge_answers(s, pool, accepted, asked, completions)]
+
+
+def _judge_answers(s: Setting, pool: Sequence[Record], questions: Sequence[Row], asked: Sequence[Row],
+                   completions: Sequence[Completion]) -> Iterator[tuple]:
+    """Parse and filter the answers of accepted questions; a pair that the pool or this iteration already holds is a duplicate."""
+    known = {r.id for r in pool}
+    for question, row, completion in zip(questions, asked, completions, strict=True):
         parsed = parse.parse(completion.text, s.template)
         candidate = filters.Candidate(question["question"], parsed.text, completion.finish, parsed.verdict, row["shots"])
         verdicts = filters.run("answer", candidate, s.config.filters)
         if (same := pair_id(candidate.question, candidate.answer)) in known:  # possible only without the novelty filter
             verdicts.append(filters.Verdict("duplicate", False, 1.0, same))
         known |= {same} if all(v.passed for v in verdicts) else set()
-        out.append(_row(question["request"], row, completion, verdicts, question=question["question"], answer=parsed.text))
-    return out
+        yield question["request"], row, completion, verdicts, {"question": question["question"], "answer": parsed.text}
 
 
 # ------------------------------------------------------------------------------------------------------------- what came of it
@@ -141,12 +149,15 @@ def _draw(purpose: str, row: Row) -> int:
     return address(purpose, at["iteration"], at["attempt"], at["anchor"], at["sample"])
 
 
-def _retrieve(s: Setting, pool: Sequence[Record], rows: Sequence[Row], purpose: str, texts: list[str], anchors: list[str] | None) -> list[list[Record]]:
+def _retrieve(s: Setting, t: int, pool: Sequence[Record], rows: Sequence[Row], purpose: str, texts: list[str],
+              anchors: list[str] | None) -> list[list[Record]]:
     """The exemplars of each request, nearest first."""
-    cfg, by_id = s.config.retrieval, {r.id: r for r in pool}
-    searched = index.build(s.vectors.vectors([r.question for r in pool]), [r.id for r in pool], backend=cfg.index)
-    found = select.select(cfg.strategy, searched, s.vectors.vectors(texts), anchors, cfg.k, mmr_lambda=cfg.mmr_lambda,
-                          addresses=[address(s.config.seed, _draw(f"exemplars/{purpose}", row)) for row in rows])
+    cfg, by_id, before = s.config.retrieval, {r.id: r for r in pool}, s.vectors.embedder.tokens
+    with s.account(f"{purpose} retrieval", t) as cost:
+        searched = index.build(s.vectors.vectors([r.question for r in pool]), [r.id for r in pool], backend=cfg.index)
+        found = select.select(cfg.strategy, searched, s.vectors.vectors(texts), anchors, cfg.k, mmr_lambda=cfg.mmr_lambda,
+                              addresses=[address(s.config.seed, _draw(f"exemplars/{purpose}", row)) for row in rows])
+        cost.add(prefilled=s.vectors.embedder.tokens - before)
     return [[by_id[i] for i in ids] for ids in found]
 
 
@@ -175,7 +186,7 @@ def _sampling(s: Setting, purpose: str) -> Row:
     return {"temperature": settings.temperature, "top_p": settings.top_p, "max_new_tokens": getattr(s.limits, purpose)}
 
 
-def _row(request: int, row: Row, completion: Any, verdicts: Sequence[filters.Verdict], **texts: str) -> Row:
+def _row(request: int, row: Row, completion: Completion, verdicts: Sequence[filters.Verdict], texts: Row) -> Row:
     """The line a request leaves behind: where it stands, what came out, what the filters said."""
     said = [{"name": v.name, "passed": v.passed, "score": None if v.score is None else round(v.score, 6), "neighbour": v.neighbour} for v in verdicts]
     return {"request": request, "address": row["address"], "exemplars": row["exemplars"], **texts, "accepted": all(v.passed for v in verdicts),

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Any, Callable, ContextManager, Sequence
 
 from isara_jax import config
 from isara_jax.data.pool import Pool
@@ -38,6 +38,7 @@ class Setting:
     vectors: VectorStore
     iteration_folder: Callable[[int], Path]
     say: Callable[[str], None]               # one line to console and log
+    account: Callable[[str, int], ContextManager[Any]]  # account(stage, iteration): its cost goes on the ledger
 
 
 def budget(setting: Setting, new_tokens: int) -> int:

@@ -38,7 +38,8 @@ class Decoder(nnx.Module):
 
 def init_params(cfg: ModelConfig, seed: int) -> Params:
     """Random float32 parameters (normal, deviation 0.02; norms one) drawn from `seed`."""
-    return _string_keys(nnx.to_pure_dict(nnx.state(Decoder(cfg, rngs=nnx.Rngs(seed)))))
+    make = lambda: _string_keys(nnx.to_pure_dict(nnx.state(Decoder(cfg, rngs=nnx.Rngs(seed)))))
+    return jax.jit(make)()  # as one program, which the compilation cache keeps
 
 
 @functools.lru_cache(maxsize=16)
