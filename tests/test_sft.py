@@ -26,7 +26,7 @@ from isara_jax.sharding import make_mesh
 CFG = ModelConfig(vocab_size=23, d_model=12, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=20)
 TIED = ModelConfig(vocab_size=23, d_model=12, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=20, tie_embeddings=True)
 MESH = make_mesh(devices=jax.devices()[:1])
-SFT = Sft(epochs=2, batch=4, lr=1e-2)
+SFT = Sft(epochs=2, batch=4, lr=1e-2, save_every=2)  # one for most tests, so that they share a compiled step
 
 
 def examples(n, seed=0):
@@ -90,7 +90,8 @@ def test_pairs_in_a_packed_row_do_not_see_each_other():
 def test_one_segment_is_plain_causal_attention():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, 5, n, 6)), jnp.float32) for n in (4, 2, 2))
-    packed, plain = (attend(q, k, v, None, None)[0] for attend in (packed_attention(jnp.float32, jnp.ones((2, 5), int)), causal_attention(jnp.float32)))
+    packed, _ = packed_attention(jnp.float32, jnp.ones((2, 5), int))(q, k, v, None, None)
+    plain, _ = causal_attention(jnp.float32)(q, k, v, None, None)
     np.testing.assert_allclose(packed, plain, atol=1e-6)
 
 
@@ -108,8 +109,9 @@ def test_prompt_and_padding_do_not_teach():
     batch = collate([Example((4, 5, 6, 7, 8), 3)], rows=2, width=8)
     changed_padding = Batch(np.where(batch.segments > 0, batch.tokens, 9), np.where(batch.segments > 0, batch.targets, 9), *batch[2:])
     changed_prompt_targets = batch._replace(targets=np.where(batch.loss_mask, batch.targets, 11))
-    step = train_step(CFG, Sft(), MESH, "float32")
-    results = [step(init_state(params, CFG, Sft(), MESH), b, np.float32(0.1))[0].params for b in (batch, changed_padding, changed_prompt_targets)]
+    step = train_step(CFG, SFT, MESH, "float32")
+    batches = (batch, changed_padding, changed_prompt_targets)
+    results = [step(init_state(params, CFG, SFT, MESH), b, np.float32(0.1))[0].params for b in batches]
     for other in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True))
 
@@ -205,21 +207,21 @@ def test_fit_learns_and_leaves_the_given_parameters_alone():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_interrupted_fit_continues_to_the_same_bits(tmp_path, dtype):
-    params, sft = decoder.init_params(TIED, 0), Sft(epochs=2, batch=4, lr=1e-2, save_every=2)
-    whole = fit(params, TIED, sft=sft, dtype=dtype)
+    params = decoder.init_params(TIED, 0)
+    whole = fit(params, TIED, dtype=dtype)
 
     def die(step, loss, tokens):
         if step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(params, TIED, sft=sft, dtype=dtype, checkpoints=Checkpoints(tmp_path), iteration=1, on_step=die)
+        fit(params, TIED, dtype=dtype, checkpoints=Checkpoints(tmp_path), iteration=1, on_step=die)
     steps = []
-    continued = fit(params, TIED, sft=sft, dtype=dtype, checkpoints=Checkpoints(tmp_path), iteration=1, on_step=lambda i, *_: steps.append(i))
+    continued = fit(params, TIED, dtype=dtype, checkpoints=Checkpoints(tmp_path), iteration=1, on_step=lambda i, *_: steps.append(i))
     assert steps == [5, 6] and continued.losses == whole.losses
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(continued.params), jax.tree.leaves(whole.params), strict=True))
     other = []
-    fit(params, TIED, sft=sft, dtype=dtype, checkpoints=Checkpoints(tmp_path), iteration=2, on_step=lambda i, *_: other.append(i))
+    fit(params, TIED, dtype=dtype, checkpoints=Checkpoints(tmp_path), iteration=2, on_step=lambda i, *_: other.append(i))
     assert other == [1, 2, 3, 4, 5, 6]  # the state of iteration 1 is none of iteration 2
 
 

@@ -56,8 +56,8 @@ def check(examples: Sequence[Example], context: int) -> None:
         raise UserError("there are no question-answer pairs to train on or to measure; give at least one seed.")
     if long := [(i, len(e.tokens)) for i, e in enumerate(examples) if len(e.tokens) > context]:
         rows = ", ".join(f"pair {i} ({n} tokens)" for i, n in long[:10])
-        raise UserError(f"{len(long)} of {len(examples)} pairs do not fit the context of {context} tokens: {rows}. Shorten or drop them, or "
-                        "raise --config.model.context where the model allows more.")
+        raise UserError(f"{len(long)} of {len(examples)} pairs do not fit the context of {context} tokens: {rows}. Shorten or drop them, "
+                        "or raise --config.model.context where the model allows more.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- who with whom
@@ -126,7 +126,7 @@ def collate(examples: Sequence[Example], rows: int, width: int) -> Batch:
     """Examples packed into a `Batch` of [rows, width]. No example, or more than fit, is a `ValueError`."""
     packed = pack([e.inputs for e in examples], width)
     if not packed or len(packed) > rows or max(e.inputs for e in examples) > width:
-        raise ValueError(f"{len(examples)} examples of {[e.inputs for e in examples]} positions do not make a batch of {rows} rows of {width}")
+        raise ValueError(f"examples of {[e.inputs for e in examples]} positions do not make a batch of {rows} rows of {width}")
     made = Batch(*(np.zeros((rows, width), dtype) for dtype in (np.int32, np.int32, bool, np.int32, np.int32)))
     for row, members in enumerate(packed):
         start = 0

@@ -88,6 +88,6 @@ def _chunk(i, order, count, hidden, targets):
 
 def _chunk_nll(cfg, head, hidden_CD, targets_C, mask_C):
     logits_CV = lm_head(head, cfg, hidden_CD)
-    target = jnp.arange(cfg.vocab_size) == targets_C[:, None]  # a comparison, not a gather: its gradient is no scatter, and V may be sharded
+    target = jnp.arange(cfg.vocab_size) == targets_C[:, None]  # no gather: the gradient of this is no scatter, and V may be sharded
     nll = jax.nn.logsumexp(logits_CV, axis=-1) - jnp.sum(jnp.where(target, logits_CV, 0.0), axis=-1)
     return jnp.sum(jnp.where(mask_C, nll, 0.0))
