@@ -16,7 +16,7 @@ from typing import Any, Sequence
 
 from isara_jax import cards, cli, lm as lm_lib, preflight, preview
 from isara_jax.checkpoint import Checkpoints
-from isara_jax.common import atomic_write, read_jsonl, write_jsonl
+from isara_jax.common import atomic_write, read_jsonl, release_memory, write_jsonl
 from isara_jax.config import Config, from_dict
 from isara_jax.console import Console
 from isara_jax.data import seeds as seeds_lib
@@ -202,9 +202,10 @@ class Current:
         self._held = t, params
 
     def keep_only(self, t: int) -> None:
-        """Free what is held unless it is iteration t."""
+        """Free what is held unless it is iteration t, and what sampling left behind."""
         if self._held is not None and self._held[0] != t:
             self._held = None
+        release_memory()
 
 
 # ------------------------------------------------------------------------------------------------------------------- accounts

@@ -8,7 +8,7 @@ import pytest
 
 from isara_jax.models import decoder
 from isara_jax.models.config import ModelConfig
-from isara_jax.models.layers import RMSNorm, causal_attention, group_heads, rope, ungroup_heads
+from isara_jax.models.layers import RMSNorm, causal_attention, group_heads, matmul, rope, ungroup_heads
 
 CFG = ModelConfig(vocab_size=23, d_model=12, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=20, rope_theta=500.0, norm_eps=1e-3)
 TOKENS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
@@ -76,6 +76,14 @@ def test_bfloat16_products_stay_close_to_float32():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     assert logits(half, CFG, dtype="bfloat16").dtype == np.float32
     np.testing.assert_allclose(logits(half, CFG, dtype="bfloat16"), logits(params, CFG), atol=2e-2)
+
+
+def test_the_gradient_of_a_product_is_that_of_the_plain_one():
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 3, 5)), jax.random.normal(jax.random.key(1), (5, 4))
+    ours = jax.grad(lambda x, w: jnp.sum(jnp.sin(matmul(x, w))), argnums=(0, 1))(x, kernel)
+    plain = jax.grad(lambda x, w: jnp.sum(jnp.sin(x @ w)), argnums=(0, 1))(x, kernel)
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_rope_turns_pairs_half_a_head_apart():

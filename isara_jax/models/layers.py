@@ -17,15 +17,42 @@ from isara_jax.models.config import ModelConfig
 NEG_INF = -1e30  # finite, so that a row without a visible key gives numbers instead of NaN
 
 
+def _dot(a: jax.Array, b: jax.Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dot_general(a, b, ((axes_a, axes_b), ((), ())), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., in] @ kernel [in, out] -> [..., out] in float32, multiplied in the kernel's dtype; so are both products of its gradient.
+
+    The gradient is written out because XLA:CPU computes what precedes it transposed otherwise: a training step took 14 % more CPU time
+    in float32 and 33 % more in bfloat16 (forward and backward of 8 layers of SmolLM2's width).
+    """
+    return _dot(x.astype(kernel.dtype), kernel, (x.ndim - 1,), (0,))
+
+
+def _matmul_forward(x, kernel):
+    x = x.astype(kernel.dtype)
+    return _dot(x, kernel, (x.ndim - 1,), (0,)), (x, kernel)
+
+
+def _matmul_backward(saved, ct):
+    x, kernel = saved
+    ct, rows = ct.astype(kernel.dtype), tuple(range(x.ndim - 1))
+    return _dot(ct, kernel, (x.ndim - 1,), (1,)), _dot(x, ct, rows, rows).astype(kernel.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Linear(nnx.Module):
-    """x [..., in] @ kernel [in, out] -> [..., out] in float32, multiplied in the kernel's dtype. No bias."""
+    """A product with a kernel [in, out], without bias; x is float32."""
 
     def __init__(self, d_in: int, d_out: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (d_in, d_out)) * 0.02)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...]
-        return jax.lax.dot_general(x.astype(kernel.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        return matmul(x, self.kernel[...])
 
 
 class RMSNorm(nnx.Module):
