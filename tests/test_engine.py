@@ -184,6 +184,7 @@ print("same", len(made[0]), len({tuple(c.ids) for c in made[0]}))
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     """At equal slots per device, with rows over 8 devices; a tensor axis runs too (its bits are not promised)."""
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}

@@ -38,8 +38,13 @@ class Decoder(nnx.Module):
 
 def init_params(cfg: ModelConfig, seed: int) -> Params:
     """Random float32 parameters (normal, deviation 0.02; norms one) drawn from `seed`."""
-    make = lambda: _string_keys(nnx.to_pure_dict(nnx.state(Decoder(cfg, rngs=nnx.Rngs(seed)))))
-    return jax.jit(make)()  # as one program, which the compilation cache keeps
+    return _initialiser(cfg)(jax.random.key(seed, impl="threefry2x32"))
+
+
+@functools.lru_cache(maxsize=16)
+def _initialiser(cfg: ModelConfig) -> Callable[[jax.Array], Params]:
+    """One program for all seeds, which the compilation cache can keep."""
+    return jax.jit(lambda key: _string_keys(nnx.to_pure_dict(nnx.state(Decoder(cfg, rngs=nnx.Rngs(key))))))
 
 
 @functools.lru_cache(maxsize=16)
