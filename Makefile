@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_PIP ?=
 TORCH := 2.13.0
+ACCELERATE := 1.15.0
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip -qq --disable-pip-version-check
@@ -46,11 +47,13 @@ $(VENV)/installed: requirements.lock setup.cfg pyproject.toml | $(PY)
 	@touch $@
 
 # On Linux the CPU build of torch is taken wherever the index (or TORCH_PIP) offers it; the plain name brings GPU libraries of several GB.
+# transformers reads GGUF files, the reference for ours, only where accelerate is installed.
 $(VENV)/installed-test: requirements-test.lock $(VENV)/installed
 	$(PIP) install --require-hashes -r requirements-test.lock
 	@if [ "$$(uname -s)" = Linux ] && $(PIP) install $(TORCH_PIP) "torch==$(TORCH)+cpu" 2>/dev/null; then :; else \
 		echo "torch $(TORCH): taking the index's own build (TORCH_PIP=\"--index-url=URL\" names an index of CPU builds)"; \
 		$(PIP) install $(TORCH_PIP) "torch==$(TORCH)"; fi
+	$(PIP) install "accelerate==$(ACCELERATE)"
 	@touch $@
 
 lock:

@@ -128,7 +128,8 @@ class LM:
         """Continue each prompt n times; prompts are strings or token ids and no template is applied.
 
         Special tokens spelled in a string are plain text; give token ids to use them. A draw depends on (seed, prompt, how often
-        this prompt occurred before it in this call, sample, position) and on nothing else, so a call repeated gives the same.
+        this prompt occurred before it in this call, sample, position) and on nothing else, so a call repeated gives the same. Where
+        the context leaves less room than `max_new_tokens`, the text ends there (finish "length").
         Raises `UserError` when temperature > 0 without a seed, and for prompts that are empty or do not fit the context.
         """
         if isinstance(prompts, str):

@@ -60,7 +60,8 @@ def ask(s: Setting, t: int, pool: Sequence[Record], sample: Sampler) -> list[Row
     asked = question_prompts(s, t, pool, s.config.generate.requests)
     completions = sample("questions", _requests(s, "question", asked))
     with s.account("question filters", t):
-        return [_row(i, *rest) for i, rest in enumerate(_judge_questions(s, pool, asked, completions))]
+        rows = [_row(i, *rest) for i, rest in enumerate(_judge_questions(s, pool, asked, completions))]
+    return _said(s, "questions", rows)
 
 
 def _judge_questions(s: Setting, pool: Sequence[Record], asked: Sequence[Row], completions: Sequence[Completion]) -> Iterator[tuple]:
@@ -90,7 +91,8 @@ def answer(s: Setting, t: int, pool: Sequence[Record], questions: Sequence[Row],
     asked = _with_prompts(s, rows, exemplars, builds, budget(s, s.limits.answer))
     completions = sample("answers", _requests(s, "answer", asked))
     with s.account("answer filters", t):
-        return [_row(*rest) for rest in _judge_answers(s, pool, accepted, asked, completions)]
+        rows = [_row(*rest) for rest in _judge_answers(s, pool, accepted, asked, completions)]
+    return _said(s, "answers", rows)
 
 
 def _judge_answers(s: Setting, pool: Sequence[Record], questions: Sequence[Row], asked: Sequence[Row],
@@ -139,6 +141,13 @@ def rejections(questions: Sequence[Row], answers: Sequence[Row]) -> list[Row]:
 
 
 # --------------------------------------------------------------------------------------------------------------------- pieces
+def _said(s: Setting, name: str, rows: list[Row]) -> list[Row]:
+    """The rows, after a line with their yield."""
+    n = sum(row["accepted"] for row in rows)
+    s.say(f"{name}: {n} of {len(rows)} passed the filters ({n / len(rows):.0%})")
+    return rows
+
+
 def _place(t: int, attempt: int, anchor: str) -> Row:
     """Where a request stands; its randomness is addressed by this and by the stage (DESIGN rule 1)."""
     return {"address": {"iteration": t, "attempt": attempt, "anchor": anchor, "sample": 0}}
