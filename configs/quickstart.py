@@ -17,7 +17,7 @@ def get_config():
     config.retrieval.k = 4
     config.data.seeds = "misconceptions"
     config.data.limit = 16
-    config.generate.requests = 60
+    config.generate.requests = 56
     config.sft.epochs = 2  # one fewer than the default: it keeps the run short on slow machines
     config.stop.iterations = 2
     return config

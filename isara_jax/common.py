@@ -76,7 +76,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 # --------------------------------------------------------------------------------------------------------------------- memory
 def release_memory() -> None:
-    """Give freed memory back to the system. glibc keeps what many middle-sized arrays (a key-value cache) leave behind; others need no help."""
+    """Give freed memory back to the system: glibc keeps what many middle-sized arrays (a key-value cache) leave behind."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -107,7 +107,8 @@ def file_hash(path: str | Path) -> str:
 def versions() -> dict[str, str]:
     """Python, platform and the packages whose version can change a result; packages that are absent are left out."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in ("isara_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy", "scann", "rapidfuzz"):
+    for name in ("isara_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy", "scann",
+                 "rapidfuzz"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

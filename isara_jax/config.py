@@ -45,7 +45,7 @@ def runtime(default: Any) -> Any:
 @dataclass(frozen=True)
 class Model:
     name: str = runtime("smollm2-135m-instruct")  # embedded name, hub id, HF folder or .gguf file; identified by the hash of its content
-    dtype: str = runtime("auto")         # compute and sampling: auto, float32 or bfloat16 (what auto resolves to at the first start is identity)
+    dtype: str = runtime("auto")         # compute and sampling: auto, float32 or bfloat16; what auto becomes at the first start is identity
     form: str = "plain"                  # plain ("Q: … A: …") or chat (the model's template): governs prompts, training, scoring and chat
     context: int = 0                     # longest sequence in tokens; 0 takes the model's own
 
@@ -98,7 +98,8 @@ class Prompt:
         for name in ("question_marker", "answer_marker"):
             value = getattr(self, name)
             _check(f"prompt.{name}", value, bool(value.strip()) and "\n" not in value, "one non-empty line")
-        _check("prompt.question_marker", self.question_marker, self.question_marker != self.answer_marker, "different from prompt.answer_marker")
+        _check("prompt.question_marker", self.question_marker, self.question_marker != self.answer_marker,
+               "different from prompt.answer_marker")
         _check("prompt.budget", self.budget, self.budget >= 0, "0 (as much as fits) or a number of tokens")
 
 

@@ -137,16 +137,17 @@ class LM:
         if temperature > 0 and seed is None:
             raise UserError(f"temperature={temperature} draws at random: give seed=NUMBER (any), or temperature=0 for greedy text.")
         if n < 1 or max_new_tokens < 0 or temperature < 0 or not 0 < top_p <= 1 or not all(stop):
-            raise UserError(f"generate got n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}, stop={list(stop)}: "
-                            "n is at least 1, max_new_tokens and temperature at least 0, top_p in (0, 1], and stop strings are not empty.")
+            raise UserError(f"generate got n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}, "
+                            f"stop={list(stop)}: n is at least 1, max_new_tokens and temperature at least 0, top_p in (0, 1], and stop "
+                            "strings are not empty.")
         seen: dict[tuple[int, ...], int] = {}
         requests = []
         for i, prompt in enumerate(prompts):
             ids = tuple(self._encode(i, prompt))
             occurrence = seen[ids] = seen.get(ids, -1) + 1
             digest = ",".join(map(str, ids))
-            requests += [Request(ids, address("generate", digest, occurrence, j), max_new_tokens, temperature, top_p, tuple(stop), ignore_eos)
-                         for j in range(n)]
+            requests += [Request(ids, address("generate", digest, occurrence, j), max_new_tokens, temperature, top_p, tuple(stop),
+                                 ignore_eos) for j in range(n)]
         made = self.run(requests, seed=seed or 0)
         samples = [Sample(c.text if c.text is not None else self.tokenizer.decode(c.ids), c.ids, c.finish) for c in made]
         return [samples[i * n:(i + 1) * n] for i in range(len(prompts))]
@@ -179,7 +180,8 @@ class LM:
             if not 0 < len(row) <= self.context:
                 raise UserError(f"row {i} has {len(row)} tokens; this model takes 1 to {self.context}.")
             if min(row) < 0 or max(row) >= self.cfg.vocab_size:
-                raise UserError(f"row {i} holds token id {min(row) if min(row) < 0 else max(row)}; ids go from 0 to {self.cfg.vocab_size - 1}.")
+                bad = min(row) if min(row) < 0 else max(row)
+                raise UserError(f"row {i} holds token id {bad}; ids go from 0 to {self.cfg.vocab_size - 1}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -72,8 +72,9 @@ class Session:
 
     def example(self, question: str, answer: str) -> Example:
         """A pair as the model is trained and scored on it: the answer and its EOS are supervised, the prompt is not."""
-        prompt, continuation = self.blueprint.tokenizer.encode_pair(self.template.training_segments(question), self.template.continuation(answer))
-        return Example(tuple(prompt) + tuple(continuation) + (self.blueprint.tokenizer.eos_id,), len(prompt))
+        tokenizer = self.blueprint.tokenizer
+        prompt, continuation = tokenizer.encode_pair(self.template.training_segments(question), self.template.continuation(answer))
+        return Example((*prompt, *continuation, tokenizer.eos_id), len(prompt))
 
 
 def open_session(blueprint: Blueprint, seed_set: seeds.SeedSet, config: Config, workdir: Workdir, console: Console, dtype: str,
@@ -101,21 +102,24 @@ def report_seeds(session: Session) -> None:
     for warning in (*session.seed_set.warnings, *prompts.marker_warnings(pairs, session.template)):
         console.warn(warning)
     origin = lambda field: ", ".join(sorted({getattr(s, field) for s in pairs}))
-    console.note(f"{len(pairs)} seed pairs ({session.seed_set.path}): author {origin('author')}; source {origin('source')}; licence {origin('licence')}")
+    said = "; ".join(f"{field} {origin(field)}" for field in ("author", "source", "licence"))
+    console.note(f"{len(pairs)} seed pairs ({session.seed_set.path}): {said}")
     if session.held_out:
         console.note(f"{len(session.held_out)} of them are held out: never retrieved, never trained on; they measure the held-out loss")
     else:
-        console.note("nothing is held out (fewer than 8 seeds, seeds too alike to split, or data.holdout=0): no held-out loss, and the number of "
-                     "iterations is fixed")
+        console.note("nothing is held out (fewer than 8 seeds, seeds too alike to split, or data.holdout=0): no held-out loss, and the "
+                     "number of iterations is fixed")
     if config.retrieval.k > len(session.train_seeds):
-        console.warn(f"retrieval.k={config.retrieval.k} is more than the {len(session.train_seeds)} seeds to retrieve from: prompts hold all of them")
+        console.warn(f"retrieval.k={config.retrieval.k} is more than the {len(session.train_seeds)} seeds to retrieve from: prompts hold "
+                     "all of them")
     for kind in ("question", "answer"):
         shares = filters.seed_shares(pairs, kind, config.filters)
         said = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         console.note(f"share of the seeds each {kind} filter would reject: {said or 'none of them looks at the text alone'}")
         for name, share in shares.items():
             if share > 0.1:
-                console.warn(f"the {kind} filter {name} would reject {share:.0%} of your own seeds: loosen it (config.filters) or drop it from filters.{kind}")
+                console.warn(f"the {kind} filter {name} would reject {share:.0%} of your own seeds: loosen it (config.filters) or drop it "
+                             f"from filters.{kind}")
 
 
 def start_pool(session: Session) -> None:
@@ -179,5 +183,5 @@ def _check_lengths(session: Session) -> None:
                         "Shorten or remove them.")
     for name in ("question", "answer"):
         if getattr(session.limits, name) >= context:
-            raise UserError(f"config.generate.{name}.max_new_tokens is {getattr(session.limits, name)} (0 derives it from the longest seed), which "
-                            f"leaves no room for a prompt in the {context} tokens this model takes. Set a smaller one.")
+            raise UserError(f"config.generate.{name}.max_new_tokens is {getattr(session.limits, name)} (0 derives it from the longest seed), "
+                            f"which leaves no room for a prompt in the {context} tokens this model takes. Set a smaller one.")

@@ -49,8 +49,8 @@ class Workdir:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not a run's config.json (broken or of another program). Take another --workdir.") from None
         if format_number != FORMAT:
-            raise UserError(f"{path} has format {format_number}; this version reads format {FORMAT}. Continue it with the version of isara_jax "
-                            f"named in {self.root / 'versions.json'}, or take another --workdir.")
+            raise UserError(f"{path} has format {format_number}; this version reads format {FORMAT}. Continue it with the version of "
+                            f"isara_jax named in {self.root / 'versions.json'}, or take another --workdir.")
         return stored
 
     def open(self, config: config_lib.Config, resolved: dict[str, Any]) -> list[str]:
@@ -69,7 +69,8 @@ class Workdir:
             if changes := config_lib.diff(before, now):
                 warnings.append("versions changed since the last start, so bytes may differ from here on: " + "; ".join(changes))
         self.root.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.root / "config.json", json.dumps({"format": FORMAT, "identity": identity, "config": config_lib.to_dict(config)}, indent=1) + "\n")
+        content = {"format": FORMAT, "identity": identity, "config": config_lib.to_dict(config)}
+        atomic_write(self.root / "config.json", json.dumps(content, indent=1) + "\n")
         atomic_write(versions_path, json.dumps(now, indent=1) + "\n")
         with open(self.root / "command.txt", "a", encoding="utf-8") as f:
             f.write(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")

@@ -119,7 +119,8 @@ def test_prompt_and_padding_do_not_teach():
 # ---------------------------------------------------------------------------------------------------------------------- optimizer
 def test_rate_is_that_of_transformers():
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    for steps in (1, 3, 40):
+    assert learning_rate(Sft(lr=0.5), 0, 1) == 0.5, "a single step is not warmed up"
+    for steps in (2, 3, 40):
         tx = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
         schedule = transformers.get_cosine_schedule_with_warmup(tx, math.ceil(0.03 * steps), steps)
         for step in range(steps):

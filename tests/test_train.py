@@ -15,6 +15,7 @@ from isara_jax.common import UserError, read_jsonl
 from isara_jax.data.pool import Pool
 from isara_jax.methods import isara
 from isara_jax.sft import loop as sft_loop
+from isara_jax.work import Work
 
 TINY = "--config=configs/tiny.py"
 
@@ -106,7 +107,7 @@ class Killed(BaseException):
 def test_a_killed_run_continues_to_the_same_result(whole, tmp_path, monkeypatch, place):
     """Ended before the answers, before the pool grows, inside fine-tuning, before the checkpoint, after it, and one iteration later."""
     owner, name, skip = {"answers": (isara, "answer", 0), "append": (Pool, "append", 1), "fit": (sft_loop, "fit", 0), "save": (Checkpoints, "save", 0),
-                         "measure": (train, "measure", 1), "second iteration": (isara, "answer", 1)}[place]
+                         "measure": (Work, "measure", 1), "second iteration": (isara, "answer", 1)}[place]
     original, calls = getattr(owner, name), []
 
     def dies(*args, **kwargs):
@@ -129,7 +130,7 @@ def test_a_killed_run_continues_to_the_same_result(whole, tmp_path, monkeypatch,
 def test_a_finished_run_does_nothing_and_more_iterations_may_follow(whole, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     train.main(command(workdir, "--config.stop.iterations=1"))
-    monkeypatch.setattr(train, "generate", None)  # nothing may be generated
+    monkeypatch.setattr(Work, "_generate", None)  # nothing may be generated
     train.main(command(workdir, "--config.stop.iterations=1"))
     monkeypatch.undo()
     train.main(command(workdir))

@@ -135,8 +135,9 @@ def rejections(questions: Sequence[Row], answers: Sequence[Row]) -> list[Row]:
     for name, rows in (("question", questions), ("answer", answers)):
         for row in (r for r in rows if not r["accepted"]):
             last = row["verdicts"][-1]
-            out.append({"stage": name, "request": row["request"], "reason": last["name"], "score": last["score"], "neighbour": last["neighbour"],
-                        "question": row["question"], "answer": row.get("answer"), "text": row["text"], "finish": row["finish"]})
+            out.append({"stage": name, "request": row["request"], "reason": last["name"], "score": last["score"],
+                        "neighbour": last["neighbour"], "question": row["question"], "answer": row.get("answer"), "text": row["text"],
+                        "finish": row["finish"]})
     return out
 
 
@@ -197,6 +198,7 @@ def _sampling(s: Setting, purpose: str) -> Row:
 
 def _row(request: int, row: Row, completion: Completion, verdicts: Sequence[filters.Verdict], texts: Row) -> Row:
     """The line a request leaves behind: where it stands, what came out, what the filters said."""
-    said = [{"name": v.name, "passed": v.passed, "score": None if v.score is None else round(v.score, 6), "neighbour": v.neighbour} for v in verdicts]
-    return {"request": request, "address": row["address"], "exemplars": row["exemplars"], **texts, "accepted": all(v.passed for v in verdicts),
-            "verdicts": said, "finish": completion.finish, "tokens": len(completion.ids), "text": completion.text}
+    said = [{"name": v.name, "passed": v.passed, "score": None if v.score is None else round(v.score, 6), "neighbour": v.neighbour}
+            for v in verdicts]
+    return {"request": request, "address": row["address"], "exemplars": row["exemplars"], **texts,
+            "accepted": all(v.passed for v in verdicts), "verdicts": said, "finish": completion.finish, "tokens": len(completion.ids), "text": completion.text}

@@ -32,9 +32,10 @@ def _decays(params: Any) -> Any:
 def learning_rate(sft: Sft, step: int, steps: int) -> float:
     """The rate of step `step` (from 0) of `steps`: linear warm-up over ceil(warmup * steps) steps, then a half cosine to 0.
 
-    This is `get_cosine_schedule_with_warmup` of transformers: the first step of a warm-up has rate 0.
+    This is `get_cosine_schedule_with_warmup` of transformers: the first step of a warm-up has rate 0. A single step is not warmed up,
+    or it would teach nothing.
     """
-    warmup = math.ceil(sft.warmup * steps)
+    warmup = min(math.ceil(sft.warmup * steps), steps - 1)
     if step < warmup:
         return sft.lr * step / warmup
     return sft.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
