@@ -153,11 +153,27 @@ class LM:
         return [samples[i * n:(i + 1) * n] for i in range(len(prompts))]
 
     def run(self, requests: Sequence[Request], *, seed: int, on_progress=None) -> list:
-        """Completions of prepared requests, in their order: what `generate` and the loop are made of."""
+        """Completions of prepared requests, in their order: what `generate` and the loop are made of.
+
+        Raises `UserError` where keys and values of all slots would not fit the memory that is free, with the number of slots that would.
+        """
+        self._check_room(requests)
         return generate(self._compute_params(), self.cfg, self.engine, self.mesh, requests, seed=seed, stop_ids=self.tokenizer.stop_ids,
                         decode=self.tokenizer.decode, context=self.context, on_progress=on_progress)
 
     # ------------------------------------------------------------------------------------------------------------------------
+    def _check_room(self, requests: Sequence[Request]) -> None:
+        device, cfg = self.mesh.devices.flat[0], self.cfg
+        longest = max((min(len(r.tokens) + r.max_new_tokens, self.context) for r in requests), default=0)
+        a_slot = longest * cfg.n_layers * 2 * cfg.n_kv_heads * cfg.head_dim * (2 if self.dtype == "bfloat16" else 4)
+        if device.platform == "cpu":  # all devices share this machine's memory
+            a_slot *= row_devices(self.mesh)
+        free = preflight.memory_there(device)[1]
+        if free and self.engine.slots * a_slot > free:
+            raise UserError(f"{self.engine.slots} slots of {longest} tokens need {self.engine.slots * a_slot / 2**30:.1f} GiB for keys and values, "
+                            f"and {free / 2**30:.1f} GiB are free. Use lm.with_engine(slots={max(2, int(free / 2 / a_slot))}) or "
+                            "--config.generate.slots, or shorter prompts.")
+
     def _compute_params(self) -> decoder.Params:
         return prepare(self.params, self.dtype, self.mesh)
 

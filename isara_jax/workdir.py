@@ -1,7 +1,7 @@
 """The folder of a run: what it holds, whether it may be continued, and stages that are done once.
 
     config.json command.txt versions.json log.txt metrics.jsonl held_out.jsonl
-    pool/ iterations/ checkpoints/ model_card.md dataset_card.md
+    pool/ vectors/ iterations/ checkpoints/ model_card.md dataset_card.md
 """
 from __future__ import annotations
 
@@ -73,8 +73,14 @@ class Workdir:
         atomic_write(self.root / "config.json", json.dumps(content, indent=1) + "\n")
         atomic_write(versions_path, json.dumps(now, indent=1) + "\n")
         with open(self.root / "command.txt", "a", encoding="utf-8") as f:
-            f.write(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
+            f.write(f"{_program()} {shlex.join(sys.argv[1:])}".rstrip() + "\n")
         return warnings
+
+
+def _program() -> str:
+    """How this process was started: `python -m MODULE` where it was a module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
 # --------------------------------------------------------------------------------------------------------------------- stages

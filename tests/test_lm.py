@@ -89,6 +89,11 @@ def test_bad_calls_say_what_is_wrong(lm, call, message):
         call(lm)
 
 
+def test_slots_that_memory_cannot_hold_are_refused_with_the_number_that_fits(lm):
+    with pytest.raises(UserError, match=r"1000000000 slots of 5 tokens need .* with_engine\(slots=\d+\)"):
+        lm.with_engine(slots=10**9).generate([[1, 2]], max_new_tokens=3)
+
+
 def test_a_context_longer_than_the_models_is_refused():
     with pytest.raises(UserError, match="longer than the 512 tokens"):
         describe("tiny-random", context=4096)
