@@ -90,7 +90,7 @@ def test_bad_calls_say_what_is_wrong(lm, call, message):
 
 
 def test_slots_that_memory_cannot_hold_are_refused_with_the_number_that_fits(lm):
-    with pytest.raises(UserError, match=r"1000000000 slots of 5 tokens need .* with_engine\(slots=\d+\)"):
+    with pytest.raises(UserError, match=r"1000000000 slots of 5 tokens need .*with_engine\(slots=\d+\)"):
         lm.with_engine(slots=10**9).generate([[1, 2]], max_new_tokens=3)
 
 
