@@ -39,19 +39,21 @@ class Run:
     workdir: Path
 
 
-def align(lm: lm_lib.LM, seeds: str | Path | Sequence[Any], config: Config | dict[str, Any] | None, workdir: str | Path) -> Run:
+def align(lm: lm_lib.LM, seeds: str | Path | Sequence[Any], config: Config | dict[str, Any] | str | None, workdir: str | Path) -> Run:
     """Align `lm` to the domain of `seeds` with ISARA; continue when `workdir` holds an unfinished run of the same config.
 
     Args:
         lm: the starting model; it is not changed.
         seeds: a file, the name of a built-in set, or question-answer pairs ((question, answer), or dicts with these keys).
-        config: a `Config`, or a (partial) nested mapping of its fields; `config.model` is what `lm` is. None takes the defaults.
+        config: a `Config`, a (partial) nested mapping of its fields, or a config file ("configs/tiny.py"); None takes the defaults. What
+            it says of the model's name and dtype does not count: `lm` is the model.
         workdir: the folder of the run.
 
     Returns a `Run` with the model of the last iteration.
     Raises `UserError` for seeds, configs and folders that cannot be used.
     """
-    config = config if isinstance(config, Config) else from_dict({} if config is None else config)
+    if not isinstance(config, Config):
+        config = from_dict(cli.load(config) if isinstance(config, str) else config or {})
     folder = Workdir(workdir)
     preflight.writable(folder.root)
     if isinstance(seeds, (str, Path)):

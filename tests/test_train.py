@@ -205,6 +205,8 @@ def test_align_takes_pairs_and_does_not_change_the_model(tmp_path):
 def test_align_refuses_an_unknown_key_before_any_work(tmp_path):
     with pytest.raises(UserError, match="Did you mean sft.epochs"):
         isara_jax.align(None, [("a", "b")], {"sft": {"epoch": 1}}, tmp_path / "run")
+    with pytest.raises(UserError, match="Did you mean configs/tiny.py"):
+        isara_jax.align(None, [("a", "b")], "configs/tinny.py", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
