@@ -24,8 +24,8 @@ def dataset_card(session: Session, pool: Sequence[Record], history: Sequence[dic
     """The pool: counts, origin, funnel, licences."""
     counts = collections.Counter(r.origin for r in pool)
     lines = ["# Question-answer pairs", "",
-             f"{counts['seed']} seed pairs and {counts['generated']} pairs that {_inert(session.blueprint.source.name)} wrote in context from "
-             f"them (ISARA, arXiv 2401.06785). {NOT_CHECKED}", "", *_provenance(pool), "",
+             f"{counts['seed']} seed pairs and {counts['generated']} pairs that {_inert(session.blueprint.source.name)} wrote in context "
+             f"from them (ISARA, arXiv 2401.06785). {NOT_CHECKED}", "", *_provenance(pool), "",
              "| iteration | requests | questions | pairs kept | yield |", "|---|---|---|---|---|"]
     for h in history:
         f = h["funnel"]
@@ -34,8 +34,8 @@ def dataset_card(session: Session, pool: Sequence[Record], history: Sequence[dic
     for h in history:
         rejected.update(h["funnel"]["rejected"])
     lines += ["", "Rejected: " + (", ".join(f"{name} {n}" for name, n in rejected.most_common()) or "none") + ".", "",
-              f"Files: `pool/` (JSON lines; every pair with its exemplars, prompt template {session.template.hash}, sampling parameters, the "
-              "address of its randomness and each filter's verdict).", ""]
+              f"Files: `pool/` (JSON lines; every pair with its exemplars, prompt template {session.template.hash}, sampling parameters, "
+              "the address of its randomness and each filter's verdict).", ""]
     return "\n".join(lines)
 
 
@@ -53,8 +53,9 @@ def model_card(session: Session, before: dict[str, Any], history: Sequence[dict[
              "| iteration | pairs in the pool | held-out loss (nats per answer token) |", "|---|---|---|",
              f"| 0 (starting model) | {len(session.train_seeds)} | {_loss(before)} |",
              *(f"| {h['iteration']} | {h['pool']} | {_loss(h)} |" for h in history), "",
-             f"Held-out loss is measured on {len(session.held_out)} seeds that were never retrieved or trained on. It says how closely they are "
-             "imitated, not whether answers are right.", "", "The command is in `command.txt`, the whole config in `config.json`, versions in `versions.json`.", ""]
+             f"Held-out loss is measured on {len(session.held_out)} seeds that were never retrieved or trained on. It says how closely they "
+             "are imitated, not whether answers are right.", "",
+             "The command is in `command.txt`, the whole config in `config.json`, versions in `versions.json`.", ""]
     return "\n".join(lines)
 
 

@@ -170,8 +170,8 @@ class LM:
             a_slot *= row_devices(self.mesh)
         free = preflight.memory_there(device)[1]
         if free and self.engine.slots * a_slot > free:
-            raise UserError(f"{self.engine.slots} slots of {longest} tokens need {self.engine.slots * a_slot / 2**30:.1f} GiB for keys and values, "
-                            f"and {free / 2**30:.1f} GiB are free. Use lm.with_engine(slots={max(2, int(free / 2 / a_slot))}) or "
+            raise UserError(f"{self.engine.slots} slots of {longest} tokens need {self.engine.slots * a_slot / 2**30:.1f} GiB for keys and "
+                            f"values, and {free / 2**30:.1f} GiB are free. Use lm.with_engine(slots={max(2, int(free / 2 / a_slot))}) or "
                             "--config.generate.slots, or shorter prompts.")
 
     def _compute_params(self) -> decoder.Params:

@@ -183,5 +183,5 @@ def _check_lengths(session: Session) -> None:
                         "Shorten or remove them.")
     for name in ("question", "answer"):
         if getattr(session.limits, name) >= context:
-            raise UserError(f"config.generate.{name}.max_new_tokens is {getattr(session.limits, name)} (0 derives it from the longest seed), "
-                            f"which leaves no room for a prompt in the {context} tokens this model takes. Set a smaller one.")
+            raise UserError(f"config.generate.{name}.max_new_tokens is {getattr(session.limits, name)} (0 derives it from the longest "
+                            f"seed), which leaves no room for a prompt in the {context} tokens this model takes. Set a smaller one.")

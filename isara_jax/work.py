@@ -57,7 +57,8 @@ class Work:
             self._held = None  # the generator's weights, and what sampling left behind, make room for training
         release_memory()
         lm = self.lm(start_from)
-        with self.ledger.stage("fine-tuning", t) as cost, session.console.progress("fine-tuning", sft_loop.steps(len(examples), sft)) as progress:
+        steps = sft_loop.steps(len(examples), sft)
+        with self.ledger.stage("fine-tuning", t) as cost, session.console.progress("fine-tuning", steps) as progress:
 
             def on_step(step: int, loss: float, tokens: int) -> None:
                 cost.add(trained=tokens)
@@ -84,5 +85,6 @@ class Work:
         prompts = [tuple(lm.tokenizer.encode_segments(session.template.training_segments(s.question))) for s in asked]
         answers = self._generate("samples", [Request(p, 0, session.limits.answer, 0.0, 1.0, stops) for p in prompts], lm, t)
         write_jsonl(session.workdir.iteration(t) / "samples.jsonl", [
-            {"question": s.question, "reference": s.answer, "answer": c.text.strip(), "finish": c.finish} for s, c in zip(asked, answers, strict=True)])
+            {"question": s.question, "reference": s.answer, "answer": c.text.strip(), "finish": c.finish}
+            for s, c in zip(asked, answers, strict=True)])
         return {"iteration": t, "held_out": held_out}

@@ -201,4 +201,5 @@ def _row(request: int, row: Row, completion: Completion, verdicts: Sequence[filt
     said = [{"name": v.name, "passed": v.passed, "score": None if v.score is None else round(v.score, 6), "neighbour": v.neighbour}
             for v in verdicts]
     return {"request": request, "address": row["address"], "exemplars": row["exemplars"], **texts,
-            "accepted": all(v.passed for v in verdicts), "verdicts": said, "finish": completion.finish, "tokens": len(completion.ids), "text": completion.text}
+            "accepted": all(v.passed for v in verdicts), "verdicts": said, "finish": completion.finish,
+            "tokens": len(completion.ids), "text": completion.text}
