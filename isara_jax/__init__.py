@@ -12,6 +12,7 @@ import importlib
 from typing import Any
 
 _HOME = {"load": "isara_jax.lm", "LM": "isara_jax.lm", "Sample": "isara_jax.lm", "align": "isara_jax.train", "Run": "isara_jax.train",
+         "evaluate": "isara_jax.evals.evaluate",
          "UserError": "isara_jax.common", "Config": "isara_jax.config"}
 __all__ = list(_HOME)
 

@@ -5,6 +5,7 @@ import collections
 import html
 from typing import Any, Sequence
 
+from isara_jax import judge
 from isara_jax.common import atomic_write
 from isara_jax.config import to_dict
 from isara_jax.data.pool import Record
@@ -13,11 +14,12 @@ from isara_jax.session import Session
 NOT_CHECKED = "The generated answers are not fact-checked. Read them before you rely on them."
 
 
-def write(session: Session, pool: Sequence[Record], before: dict[str, Any], history: Sequence[dict[str, Any]], reason: str) -> None:
-    """Write both cards into the workdir."""
+def write(session: Session, pool: Sequence[Record], before: dict[str, Any], history: Sequence[dict[str, Any]], reason: str,
+          evaluation: dict[str, Any] | None) -> None:
+    """Write both cards into the workdir; `evaluation` is what `judge` made."""
     root = session.workdir.root
     atomic_write(root / "dataset_card.md", dataset_card(session, pool, history))
-    atomic_write(root / "model_card.md", model_card(session, before, history, reason))
+    atomic_write(root / "model_card.md", model_card(session, before, history, reason, evaluation))
 
 
 def dataset_card(session: Session, pool: Sequence[Record], history: Sequence[dict[str, Any]]) -> str:
@@ -39,8 +41,9 @@ def dataset_card(session: Session, pool: Sequence[Record], history: Sequence[dic
     return "\n".join(lines)
 
 
-def model_card(session: Session, before: dict[str, Any], history: Sequence[dict[str, Any]], reason: str) -> str:
-    """The tuned model: base, data, settings, held-out loss."""
+def model_card(session: Session, before: dict[str, Any], history: Sequence[dict[str, Any]], reason: str,
+               evaluation: dict[str, Any] | None) -> str:
+    """The tuned model: base, data, settings, held-out loss, the table of all arms and the verdict."""
     config, sft = session.config, to_dict(session.config.sft)
     seeds = "its seeds" if config.sensitive else session.seed_set.path
     lines = [f"# {_inert(session.blueprint.source.name)}, aligned with ISARA", "",
@@ -54,7 +57,7 @@ def model_card(session: Session, before: dict[str, Any], history: Sequence[dict[
              f"| 0 (starting model) | {len(session.train_seeds)} | {_loss(before)} |",
              *(f"| {h['iteration']} | {h['pool']} | {_loss(h)} |" for h in history), "",
              f"Held-out loss is measured on {len(session.held_out)} seeds that were never retrieved or trained on. It says how closely they "
-             "are imitated, not whether answers are right.", "",
+             "are imitated, not whether answers are right.", "", *([judge.markdown(evaluation)] if evaluation else []),
              "The command is in `command.txt`, the whole config in `config.json`, versions in `versions.json`.", ""]
     return "\n".join(lines)
 

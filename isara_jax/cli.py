@@ -18,15 +18,50 @@ from ml_collections import ConfigDict, config_flags
 
 from isara_jax import config as config_lib
 from isara_jax.common import UserError
+from isara_jax.models import published
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of a command beside --config. `example` is shown where a required one is missing; switches take no value."""
+
+    name: str
+    help: str
+    example: str = ""              # not empty: required
+    switch: bool = False
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line: the module that `python -m` starts, and its own flags."""
+
+    module: str
+    flags: tuple[Flag, ...]
+
+    @property
+    def usage(self) -> str:
+        """One line, optional flags in brackets."""
+        shown = [f"--{f.name}" if f.switch else f"--{f.name}={f.name.upper()}" for f in self.flags]
+        own = " ".join(text if f.example else f"[{text}]" for f, text in zip(self.flags, shown))
+        return f"python -m {self.module} --config=FILE[:ARG] {own} [--config.section.field=VALUE …]"
 
 
 @dataclass(frozen=True)
 class Args:
-    """A parsed command line."""
+    """A parsed command line: the config, and the value of each flag of the command (None or False where it was not given)."""
 
     config: config_lib.Config
-    workdir: str
-    dry_run: bool
+    flags: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["flags"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+TRAIN = Command("isara_jax.train", (Flag("workdir", "Folder of the run.", "runs/first"),
+                                    Flag("dry_run", "Show three prompts and the plan; generate nothing.", switch=True)))
 
 
 def _leaves(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
@@ -39,10 +74,10 @@ def _leaves(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
 _DEFAULTS = dict(_leaves(config_lib.to_dict(config_lib.Config())))  # "sft.lr" -> 2e-05, for every field
 
 
-def main(run: Callable[[Args], None], argv: Sequence[str] | None = None) -> None:
+def main(run: Callable[[Args], None], argv: Sequence[str] | None = None, command: Command = TRAIN) -> None:
     """Parse `argv` (without the program's name; default `sys.argv`), run, and turn what people can mend into one message and status 2."""
     try:
-        run(parse(sys.argv[1:] if argv is None else argv))
+        run(parse(sys.argv[1:] if argv is None else argv, command))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -51,10 +86,10 @@ def main(run: Callable[[Args], None], argv: Sequence[str] | None = None) -> None
         raise SystemExit(130) from None
 
 
-def parse(argv: Sequence[str]) -> Args:
-    """The checked config and the run's own flags. Raises `UserError`; exits after `--help`."""
+def parse(argv: Sequence[str], command: Command = TRAIN) -> Args:
+    """The checked config and the command's own flags. Raises `UserError`; exits after `--help`."""
     if any(a.lstrip("-") in ("help", "h") and a.startswith("-") for a in argv):
-        print(usage())
+        print(usage(command))
         raise SystemExit(0)
     name, rest = _split_config(argv)
     for key in _overrides(rest):
@@ -63,22 +98,27 @@ def parse(argv: Sequence[str]) -> Args:
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", load(name), flag_values=values, sys_argv=given)
-        flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-        flags.DEFINE_bool("dry_run", False, "Show three prompts and the plan; generate nothing.", flag_values=values)
+        for flag in command.flags:
+            define, default = (flags.DEFINE_bool, False) if flag.switch else (flags.DEFINE_string, None)
+            define(flag.name, default, flag.help, flag_values=values)
         surplus = values(given)[1:]
     except (flags.Error, TypeError, ValueError) as e:
         raise UserError(_said(e)) from None
     if surplus:
         raise UserError(f"{surplus[0]!r} is not a flag; flags have the form --name=VALUE.")
     config = config_lib.from_dict(values.config)
-    if not values.workdir:
-        raise UserError("--workdir is missing: name the folder of the run, for example --workdir=runs/first.")
-    return Args(config, values.workdir, values.dry_run)
+    given = {flag.name: values[flag.name].value for flag in command.flags}
+    for flag in command.flags:
+        if flag.example and not given[flag.name]:
+            raise UserError(f"--{flag.name} is missing. {flag.help} For example --{flag.name}={flag.example}.")
+    return Args(config, given)
 
 
-def usage() -> str:
+def usage(command: Command = TRAIN) -> str:
     """What `--help` prints: the flags, the configs that are installed, every field with its default."""
-    return "\n".join(["usage: python -m isara_jax.train --config=FILE --workdir=DIR [--config.section.field=VALUE …] [--dry_run]", "",
+    return "\n".join([f"usage: {command.usage}", "", *(f"  --{f.name}: {f.help}" for f in command.flags),
+                      "  FILE:ARG takes a variant of a config (each config names its own): --config=configs/safety.py:llama-7b.",
+                      f"  Models with published shapes: {', '.join(published.names())}; --config.model.name takes these names too.", "",
                       f"configs that ship with the package: {', '.join(_packaged())}", "",
                       "fields and defaults (their meaning: isara_jax/config.py):",
                       *(f"  --config.{key}={value}" for key, value in _DEFAULTS.items())])
@@ -100,12 +140,17 @@ def _split_config(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _tuple(argument: str) -> str:
-    """`--config.filters.answer=parse,echo` with the quotes and brackets that ml_collections needs to see two texts in it."""
+    """`--config.filters.answer=parse,echo` with the quotes and brackets that ml_collections needs to see two texts in it.
+
+    Numbers (`--config.sft.rates=1e-4`) get the brackets that make one of them a tuple.
+    """
     key, equals, value = argument.partition("=")
-    default = _DEFAULTS.get(key.lstrip("-").removeprefix("config."))
-    if not isinstance(default, list) or not isinstance(default[0], str) or not re.fullmatch(r"\w+(,\s*\w+)*,?", value):
+    if not isinstance(_DEFAULTS.get(key.lstrip("-").removeprefix("config.")), list):
         return argument
-    return f"{key}={tuple(v.strip() for v in value.split(',') if v)}"
+    items = [v.strip() for v in value.split(",") if v.strip()]
+    if all(re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", v, re.IGNORECASE) for v in items):
+        return f"{key}=({', '.join(items)},)" if items else f"{key}=()"
+    return f"{key}={tuple(items)}" if all(re.fullmatch(r"\w+", v) for v in items) else argument
 
 
 def _overrides(argv: Sequence[str]) -> Iterator[str]:

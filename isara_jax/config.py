@@ -57,10 +57,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    seeds: str = runtime("misconceptions")  # a .jsonl, .json or .csv file, or the name of a built-in set; identified by content
+    seeds: str = runtime("misconceptions")  # a .jsonl, .json or .csv file, a built-in set, or a benchmark (then from its pool); identified by content
+    path: str = runtime("")                 # folder or file with the benchmarks' local files; "" takes them from the hub
     question: str = runtime("")             # column that holds the question; "" recognises the usual names
     answer: str = runtime("")               # column that holds the answer; "" recognises the usual names
-    limit: int = runtime(0)                 # use only the first so many pairs; 0 uses all
+    limit: int = runtime(0)                 # use only the first so many pairs; 0 uses all (64 of a benchmark)
     author: str = ""                        # who wrote the pairs (human, or a model's name), where the file does not say
     source: str = ""                        # where the pairs come from, where the file does not say
     licence: str = ""                       # their licence, where the file does not say
@@ -155,6 +156,7 @@ class Sft:
     init: str = "base"               # base or last: the parameters an iteration starts from
     epochs: int = 3                  # with lr, betas, decay, clip and warm-up: safe-rlhf's SFT defaults, as the paper's library
     lr: float = 2e-5
+    rates: tuple[float, ...] = ()    # learning rates to try in every fine-tuning, ISARA's and each arm's; validation rows choose. Empty: lr
     batch: int = 16                  # pairs in an optimizer step
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
@@ -167,6 +169,8 @@ class Sft:
         _one_of("sft.init", self.init, "base", "last")
         _check("sft.epochs", self.epochs, 1 <= self.epochs <= 1000, "1 to 1000")
         _check("sft.lr", self.lr, 0 < self.lr <= 1, "above 0 and at most 1")
+        _check("sft.rates", self.rates, all(0 < r <= 1 for r in self.rates) and len(set(self.rates)) == len(self.rates),
+               "different rates, each above 0 and at most 1")
         _check("sft.batch", self.batch, 1 <= self.batch <= 65536, "at least 1")
         _check("sft.betas", self.betas, len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers from 0 to below 1")
         _check("sft.weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
@@ -185,6 +189,45 @@ class Stop:
         _check("stop.iterations", self.iterations, 1 <= self.iterations <= 1000, "1 to 1000")
         _check("stop.min_yield", self.min_yield, 0 <= self.min_yield <= 1, "between 0 and 1")
         _check("stop.patience", self.patience, self.patience >= 0, "0 (off) or a number of iterations")
+
+
+ARMS = ("base", "icl_random", "icl_knn", "sft_epochs", "sft_steps", "isara", "isara_each", "isara_icl_knn", "shuffled", "off_domain")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """What a run is judged on and against. `primary` and `model` are identity: they are named before the run and stay."""
+
+    benchmark: str = runtime("")   # truthfulqa, beavertails, self_instruct, alpaca, misconceptions or a file; "" judges nothing
+    primary: str = ""              # the quantity that gets the verdict; "" takes mc2_cond where rows have choices, else rougeL
+    model: str = "last"            # the iteration that gets the verdict: last (it is also what is exported) or best (lowest held-out loss)
+    split: str = runtime("dev")    # dev (unused pool rows) or test
+    rows: int = runtime(100)       # rows to evaluate on, the same for all arms
+    validation_rows: int = runtime(32)  # rows on which the base model's form and learning rates are chosen and answers are probed
+    answer_rows: int = runtime(64)  # rows whose answers are generated; 0 generates none
+    answer_tokens: int = runtime(0)  # most tokens of such an answer; 0 takes the limit of generated answers
+    arms: tuple[str, ...] = runtime(("base", "icl_knn", "sft_steps", "isara", "shuffled"))  # what is compared, or all
+    forms: str = runtime("own")    # own (the form a model was trained in) or all (the published six-example primer form too)
+    off_domain: str = runtime("off_domain")  # pairs of another domain for the arm off_domain: a built-in set or a file
+    label: str = runtime("")       # a word over the table, for example smoke
+    reuse: bool = runtime(True)    # take evaluations of equal identity from the cache, whichever run made them
+
+    def __post_init__(self):
+        _one_of("eval.model", self.model, "last", "best")
+        _one_of("eval.split", self.split, "dev", "test")
+        _one_of("eval.forms", self.forms, "own", "all")
+        _check("eval.rows", self.rows, self.rows >= 2, "at least 2 rows")
+        _check("eval.validation_rows", self.validation_rows, self.validation_rows >= 2, "at least 2 rows")
+        _check("eval.answer_rows", self.answer_rows, self.answer_rows >= 0, "0 (none) or a number of rows")
+        _check("eval.answer_tokens", self.answer_tokens, 0 <= self.answer_tokens <= 32768, "0 (the limit of generated answers) to 32768")
+        for arm in self.arms:
+            _one_of("eval.arms", arm, "all", *ARMS)
+        _check("eval.arms", self.arms, bool({"isara", "all"} & set(self.arms)), "isara is among them: it is what the others are compared with")
+
+    @property
+    def chosen_arms(self) -> tuple[str, ...]:
+        """The arms in the order of the table, each once."""
+        return tuple(a for a in ARMS if a in self.arms or "all" in self.arms)
 
 
 @dataclass(frozen=True)
@@ -215,6 +258,7 @@ class Config:
     filters: Filters = Filters()
     sft: Sft = Sft()
     stop: Stop = Stop()
+    eval: Eval = Eval()
     mesh: Mesh = Mesh()
 
     def __post_init__(self):
@@ -271,7 +315,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """`value` as the field's type: whole floats do not become ints, ints become floats, lists become tuples."""
-    if hint in (tuple[str, ...], tuple[float, float]):
+    if hint in (tuple[str, ...], tuple[float, ...], tuple[float, float]):
         item = str if hint == tuple[str, ...] else float
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"config.{name}={value!r} must be a tuple, for example ('{'a' if item is str else '0.9'}', …).")

@@ -109,17 +109,17 @@ class Console:
         rows = [("requests", funnel["requests"]), ("questions accepted", funnel["questions"]), ("pairs kept", funnel["pairs"])]
         rows += sorted(((f"rejected: {name}", n) for name, n in funnel["rejected"].items()), key=lambda r: -r[1])
         share = lambda n: f"{n / funnel['requests']:.0%}" if funnel["requests"] else ""
-        self._table(f"iteration {iteration}: funnel", ("", "count", "share"), [(name, n, share(n)) for name, n in rows])
+        self.table(f"iteration {iteration}: funnel", ("", "count", "share"), [(name, n, share(n)) for name, n in rows])
 
     def pairs_table(self, rows: Sequence[dict[str, Any]]) -> None:
         """Some kept pairs: records with id, question and answer."""
         columns = ("id", "question", "answer") if self._sensitive else ("question", "answer")
-        self._table("some kept pairs", columns, [[r[c] if c == "id" else self._shown(r[c]) for c in columns] for r in rows])
+        self.table("some kept pairs", columns, [[r[c] if c == "id" else self._shown(r[c]) for c in columns] for r in rows])
 
     def samples_table(self, before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> None:
         """Answers of the starting model and of this iteration's, side by side: rows with question and answer."""
         shown = self._shown
-        self._table("answers without exemplars, before and after", ("question", "before", "after"),
+        self.table("answers without exemplars, before and after", ("question", "before", "after"),
                     [(shown(a["question"]), shown(b["answer"]), shown(a["answer"])) for b, a in zip(before, after, strict=True)])
 
     def cost_table(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -131,12 +131,13 @@ class Console:
             rate = f"{sum(counts) / r['seconds']:.0f}" if sum(counts) and r["seconds"] else ""
             body.append((r["stage"], f"{r['seconds']:.1f}", f"{r['compile_seconds']:.1f}", *(f"{n:,}" if n else "" for n in counts), rate,
                          f"{r['peak_gib']:.1f}"))
-        self._table("cost", columns, body)
+        self.table("cost", columns, body)
 
     def _shown(self, text: str) -> str:
         return f"{len(text)} characters" if self._sensitive else text
 
-    def _table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A titled table; cells are shown as inert text."""
         cells = [[inert(str(c)) for c in row] for row in rows]
         if self._live:
             tight = {"padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}  # so that the cost table fits 80 columns

@@ -21,13 +21,14 @@ from isara_jax.data import tokenizer as tokenizer_lib
 from isara_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from isara_jax.decode.engine import EngineConfig, prepare
 from isara_jax.decode.generate import Request, generate
-from isara_jax.models import decoder, gguf, hf, resolve
+from isara_jax.models import assets, decoder, gguf, hf, published, resolve
 from isara_jax.models.config import ModelConfig
 from isara_jax.models.layers import causal_attention
 from isara_jax.sharding import make_mesh, param_shardings, put_rows, row_devices
 
 WIDTHS = 64   # rows of tokens are padded to a multiple of this, so that few programs are compiled
 CHUNK = 64    # positions whose logits over the vocabulary exist at one time while scoring
+STAND_IN = "smollm2-135m-instruct"  # whose tokenizer counts for a published model that is not on this machine
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Blueprint:
     cfg: ModelConfig
     context: int                    # longest sequence in tokens
     tokenizer: Tokenizer | ByteTokenizer
+    note: str = ""                  # what stands in for the model's own where its files are not here; "" where nothing does
 
 
 @dataclass(frozen=True)
@@ -201,19 +203,41 @@ class LM:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-def describe(name: str, *, context: int = 0) -> Blueprint:
-    """Find a model and read everything but its weights. `context` shortens its context; 0 keeps the model's own."""
-    source = resolve.resolve(name)
+def describe(name: str, *, context: int = 0, shape_only: bool = False) -> Blueprint:
+    """Find a model and read everything but its weights. `context` shortens its context; 0 keeps the model's own.
+
+    With `shape_only` a published model whose files are not on this machine is described by its shape, and another model's tokenizer
+    stands in for its own: enough to plan a run, nothing that can be loaded. `Blueprint.note` says so.
+    """
+    source, note = resolve.resolve(name, shape_only=shape_only), ""
     if source.kind == "tiny":
         cfg, own, tokenizer = resolve.TINY_CONFIG, resolve.TINY_CONTEXT, ByteTokenizer()
     elif source.kind == "gguf":
         cfg, own = gguf.model_config(source.path), gguf.context_length(source.path)
         tokenizer = tokenizer_lib.from_gguf(functools.partial(gguf.metadata, source.path), source.path)
+    elif source.kind == "shape":
+        shape, (tokenizer, counter) = published.find(name), _stand_in()
+        cfg, own = shape.model_config(), shape.context
+        note = (f"{name} (hub id {shape.hub}) is not on this machine: its shape is the published one, and token counts are estimates made "
+                f"with {counter}")
     else:
         cfg, own, tokenizer = hf.model_config(source.path), hf.context_length(source.path), tokenizer_lib.from_folder(source.path)
     if context > own:
         raise UserError(f"config.model.context={context} is longer than the {own} tokens of {name}; set it to at most {own}, or 0.")
-    return Blueprint(source, cfg, context or own, tokenizer)
+    return Blueprint(source, cfg, context or own, tokenizer, note)
+
+
+def _stand_in() -> tuple[Tokenizer | ByteTokenizer, str]:
+    """(tokenizer, what it is) to count tokens with: an embedded model's where that is on this machine, else bytes. Nothing is fetched.
+
+    It has no chat template, as the published models have none.
+    """
+    if folder := assets.find(STAND_IN):
+        file = next(folder.glob("*.gguf"))
+        tokenizer = tokenizer_lib.from_gguf(functools.partial(gguf.metadata, file), file)
+        tokenizer.chat_template = None
+        return tokenizer, f"the tokenizer of {STAND_IN}"
+    return ByteTokenizer(), "bytes for tokens, which are about four times as many"
 
 
 def load(name: str, dtype: str = "auto", *, mesh: Mesh | None = None, blueprint: Blueprint | None = None) -> LM:

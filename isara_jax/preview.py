@@ -34,6 +34,9 @@ def plan(session: Session) -> None:
         f"an iteration issues {estimate.requests} question requests (prompts of about {estimate.prompt_tokens:.0f} tokens; at most "
         f"{session.limits.question} new tokens a question, {session.limits.answer} an answer): about {estimate.prefilled:,} tokens "
         f"prefilled, {estimate.generated:,} generated; the last of {session.config.stop.iterations} trains on about {estimate.trained:,}")
+    if session.eval_set:
+        session.console.note(f"the evaluation of {len(session.config.eval.chosen_arms)} arms scores and generates about "
+                             f"{estimate.evaluated:,} tokens; arms that another run of the same identity evaluated cost nothing")
     session.console.note(f"estimated {max(estimate.minutes, 1):.0f} min for the run at {gflops:.0f} GFLOP/s measured here "
                          f"({session.dtype}), compiling aside")
     if hint := preflight.accelerator_hint():

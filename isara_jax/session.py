@@ -18,8 +18,9 @@ from isara_jax.data import filters, prompts, seeds
 from isara_jax.data.batching import Example
 from isara_jax.data.pool import Pool, Record, pair_id
 from isara_jax.data.prompts import Template
-from isara_jax.lm import Blueprint
+from isara_jax.evalset import EvalSet
 from isara_jax.ledger import Cost
+from isara_jax.lm import Blueprint
 from isara_jax.methods import isara
 from isara_jax.methods.setting import Limits, Setting
 from isara_jax.models.config import ModelConfig
@@ -41,6 +42,7 @@ class Session:
     workdir: Workdir
     console: Console
     seed_set: seeds.SeedSet
+    eval_set: EvalSet | None
     train_seeds: tuple[Record, ...]
     held_out: tuple[seeds.Seed, ...]
     template: Template
@@ -57,17 +59,33 @@ class Session:
         return self.blueprint.cfg
 
     @property
+    def eval_tokens(self) -> int:
+        """Most tokens of an answer that is generated for evaluation."""
+        return self.config.eval.answer_tokens or self.limits.answer
+
+    @property
+    def room(self) -> int:
+        """Most tokens of a prompt that such an answer is to follow."""
+        return self.blueprint.context - max(self.eval_tokens, self.limits.answer)
+
+    @property
     def resolved(self) -> dict[str, Any]:
         """What the config alone does not say and the result depends on: part of the run's identity."""
-        return {"model": self.blueprint.source.content_hash(), "encoder": self.embedder.hash, "seeds": self.seed_set.hash,
-                "template": self.template.hash, "tokenizer": self.blueprint.tokenizer.hash, "dtype": self.dtype,
-                "context": self.blueprint.context, "question_tokens": self.limits.question, "answer_tokens": self.limits.answer}
+        found = {"model": self.blueprint.source.content_hash(), "encoder": self.embedder.hash, "seeds": self.seed_set.hash,
+                 "template": self.template.hash, "tokenizer": self.blueprint.tokenizer.hash, "dtype": self.dtype,
+                 "context": self.blueprint.context, "question_tokens": self.limits.question, "answer_tokens": self.limits.answer}
+        if self.eval_set:  # what generated pairs must stay away from, and what chooses learning rates
+            found["guarded_rows"] = self.eval_set.guard_hash
+            if self.config.sft.rates:
+                found["validation_rows"] = self.eval_set.validation_hash
+        return found
 
     def setting(self, account: Callable[[str, int], ContextManager[Any]] | None = None) -> Setting:
         """The run as its method sees it; costs go to `account`. Without it, for a preview, nothing is accounted for or kept on disk."""
         vectors = VectorStore(self.workdir.root / "vectors" if account else None, self.embedder)
         return Setting(self.config, self.blueprint.tokenizer, self.template, self.blueprint.context, self.limits, Pool(self.workdir.pool),
-                       tuple(s.question for s in self.held_out), vectors, self.workdir.iteration, self.console.note,
+                       tuple(s.question for s in self.held_out), self.eval_set and self.eval_set.leaks, vectors, self.workdir.iteration,
+                       self.console.note,
                        account or (lambda stage, iteration: contextlib.nullcontext(Cost(iteration, stage))))
 
     def example(self, question: str, answer: str) -> Example:
@@ -77,23 +95,29 @@ class Session:
         return Example((*prompt, *continuation, tokenizer.eos_id), len(prompt))
 
 
-def open_session(blueprint: Blueprint, seed_set: seeds.SeedSet, config: Config, workdir: Workdir, console: Console, dtype: str,
-                 mesh: Mesh) -> Session:
+def open_session(blueprint: Blueprint, seed_set: seeds.SeedSet, eval_set: EvalSet | None, config: Config, workdir: Workdir,
+                 console: Console, dtype: str, mesh: Mesh) -> Session:
     """Check the seeds against the model, split them, derive the limits. Nothing is written."""
     tokenizer = blueprint.tokenizer
     filters.check_names(config.filters)
     if tokenizer.eos_id is None:
         raise UserError(f"the tokenizer of {blueprint.source.name} has no end-of-sequence token, so answers could not learn to end. "
                         "Name it as eos_token in its tokenizer_config.json.")
-    if config.model.form == "chat" and tokenizer.chat_template is None:
-        raise UserError(f"config.model.form='chat', but {blueprint.source.name} ships no chat template. Set --config.model.form=plain.")
-    template = Template(config.model.form, config.prompt.question_marker, config.prompt.answer_marker, config.prompt.order,
-                        tokenizer.render_chat if config.model.form == "chat" else None)
+    template = make_template(config, blueprint)
     train, held_out = seeds.split_holdout(seed_set.pairs, config.data.holdout)
-    session = Session(config, blueprint, dtype, mesh, workdir, console, seed_set, tuple(map(_record, train)), tuple(held_out), template,
-                      _limits(config, seed_set.pairs, tokenizer), Embedder.from_source(config.retrieval.encoder))
+    session = Session(config, blueprint, dtype, mesh, workdir, console, seed_set, eval_set, tuple(map(record, train)), tuple(held_out),
+                      template, _limits(config, seed_set.pairs, tokenizer), Embedder.from_source(config.retrieval.encoder))
     _check_lengths(session)
     return session
+
+
+def make_template(config: Config, blueprint: Blueprint) -> Template:
+    """How pairs become prompts of this model."""
+    chat = config.model.form == "chat"
+    if chat and blueprint.tokenizer.chat_template is None:
+        raise UserError(f"config.model.form='chat', but {blueprint.source.name} ships no chat template. Set --config.model.form=plain.")
+    return Template(config.model.form, config.prompt.question_marker, config.prompt.answer_marker, config.prompt.order,
+                    blueprint.tokenizer.render_chat if chat else None)
 
 
 def report_seeds(session: Session) -> None:
@@ -138,7 +162,8 @@ class Plan:
     prefilled: int                 # tokens, in one iteration
     generated: int
     trained: int                   # in the last iteration
-    minutes: float                 # of all iterations
+    evaluated: int                 # tokens scored and generated for all arms
+    minutes: float                 # of all iterations and arms
 
 
 def make_plan(session: Session, rows: Sequence[dict[str, Any]], gflops: float) -> Plan:
@@ -156,12 +181,36 @@ def make_plan(session: Session, rows: Sequence[dict[str, Any]], gflops: float) -
     prefilled, generated = int(n * prompt + kept * (prompt + question)), int(n * question + kept * answer)
     pairs = [len(session.train_seeds) + (t * kept if config.sft.data == "seeds_accumulated" else kept) for t in range(1, iterations + 1)]
     trained = [int(p * (question + answer) * config.sft.epochs) for p in pairs]
-    flops = 2 * session.cfg.n_params * (iterations * (prefilled + generated) + 3 * sum(trained))
-    return Plan(n, prompt, prefilled, generated, trained[-1], flops / (gflops * 1e9) / 60 / preflight.SHARE_OF_PEAK)
+    evaluated, arms = _evaluation(session, prompt, answer)
+    flops = 2 * session.cfg.n_params * (iterations * (prefilled + generated) + evaluated + 3 * (sum(trained) + arms * trained[-1]))
+    return Plan(n, prompt, prefilled, generated, trained[-1], evaluated, flops / (gflops * 1e9) / 60 / preflight.SHARE_OF_PEAK)
+
+
+def _evaluation(session: Session, prompt: float, answer: float) -> tuple[int, int]:
+    """(tokens evaluated for all arms, arms that are fine-tuned as long as the last iteration), for the plan.
+
+    `prompt` and `answer` are mean tokens of a prompt with exemplars and of an answer. Every row is scored after its own question and
+    after another's. An answer is drawn with all slots at work, filled or not.
+    """
+    chosen, settings = session.eval_set, session.config.eval
+    if chosen is None:
+        return 0, 0
+    count, sample = session.blueprint.tokenizer.encode, chosen.rows[:32]
+    texts = lambda item: {*item.mc1.texts, *item.mc2.texts} if item.mc1 and item.mc2 else set()
+    choices = statistics.mean(sum(len(count(" " + text)) for text in texts(i)) for i in sample)
+    question, reference = (statistics.mean(len(count(getattr(i, name))) for i in sample) for name in ("question", "answer"))
+    names, rows = settings.chosen_arms, len(chosen.rows)
+    models = len(names) + ("isara_each" in names) * (session.config.stop.iterations - 2)
+    with_exemplars = sum("icl" in name for name in names)
+    turns = -(-min(settings.answer_rows, rows) // session.config.generate.slots)
+    scored = models * (2 * (question + choices) + reference) + with_exemplars * (2 if choices else 1) * prompt
+    drawn = turns * session.config.generate.slots * answer + min(settings.answer_rows, rows) * question
+    return int(rows * scored + models * drawn), sum(name in ("sft_steps", "shuffled", "off_domain") for name in names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- pieces
-def _record(seed: seeds.Seed) -> Record:
+def record(seed: seeds.Seed) -> Record:
+    """A seed as a record of the pool."""
     return Record(id=pair_id(seed.question, seed.answer), question=seed.question, answer=seed.answer, iteration=0, origin="seed",
                   author=seed.author, source=seed.source, licence=seed.licence)
 

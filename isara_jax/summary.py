@@ -53,6 +53,9 @@ def tell(session: Session, t: int, before: dict[str, Any], summary: dict[str, An
     if summary["held_out"] is not None:
         console.note(f"held-out loss {before['held_out']:.4f} before, {summary['held_out']:.4f} after iteration {t} (nats per answer "
                      f"token, {len(session.held_out)} seeds)")
+    if summary["probe"]:
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in summary["probe"].items())
+        console.note(f"answer probe, the generator on human validation questions in context: {shown}")
     ratio = (summary["pool"] - len(session.train_seeds)) / len(session.seed_set.pairs)
     console.note(f"yield {summary['kept'] / summary['requests']:.0%} ({summary['kept']} of {summary['requests']} requests); "
                  f"scaling ratio {ratio:.1f} new pairs per seed so far")

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-from isara_jax import cards, cli, preflight, preview, summary
+from isara_jax import cards, cli, judge, preflight, preview, summary
 from isara_jax import lm as lm_lib
 from isara_jax.config import Config, from_dict
 from isara_jax.console import Console
 from isara_jax.data import seeds as seeds_lib
 from isara_jax.data.pool import Record
+from isara_jax.evalset import load_data
 from isara_jax.ledger import Ledger
 from isara_jax.methods.setting import Setting
 from isara_jax.metrics import MetricsWriter
@@ -31,12 +32,16 @@ from isara_jax.workdir import Workdir
 
 @dataclass(frozen=True)
 class Run:
-    """What an alignment run leaves: the tuned model, the pool, one summary for each iteration, and the folder with everything."""
+    """What an alignment run leaves: the tuned model, the pool, one summary for each iteration, and the folder with everything.
+
+    `evaluation` is what stands in `evaluation/dev/results.json`: arms, table and verdict; None where `eval.benchmark` is empty.
+    """
 
     lm: lm_lib.LM
     pool: list[Record]
     metrics: list[dict[str, Any]]
     workdir: Path
+    evaluation: dict[str, Any] | None
 
 
 def align(lm: lm_lib.LM, seeds: str | Path | Sequence[Any], config: Config | dict[str, Any] | str | None, workdir: str | Path) -> Run:
@@ -58,11 +63,11 @@ def align(lm: lm_lib.LM, seeds: str | Path | Sequence[Any], config: Config | dic
     preflight.writable(folder.root)
     if isinstance(seeds, (str, Path)):
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, seeds=str(seeds)))
-        seed_set = seeds_lib.load_seeds(config.data)
+        seed_set, eval_set = load_data(config)
     else:
-        seed_set = seeds_lib.from_pairs(seeds, config.data)
+        seed_set, eval_set = load_data(config, seeds_lib.from_pairs(seeds, config.data))
     with Console(None, sensitive=config.sensitive) as console:
-        session = open_session(lm.blueprint, seed_set, config, folder, console, lm.dtype, lm.mesh)
+        session = open_session(lm.blueprint, seed_set, eval_set, config, folder, console, lm.dtype, lm.mesh)
         start(session)
         return run(session, lm)
 
@@ -73,12 +78,13 @@ def start(session: Session) -> None:
         session.console.warn(warning)
     session.console.log_to(session.workdir.root / "log.txt")
     report_seeds(session)
+    judge.announce(session)
     start_pool(session)
 
 
 # ------------------------------------------------------------------------------------------------------------------- the loop
 def run(session: Session, lm: lm_lib.LM) -> Run:
-    """Iterate until the stop rule has a reason: generate and filter new pairs, grow the pool, fine-tune, measure."""
+    """Iterate until the stop rule has a reason: generate and filter new pairs, grow the pool, fine-tune, measure. Then judge."""
     console, workdir, rule = session.console, session.workdir, StopRule.of(session.config.stop)
     with MetricsWriter(workdir.root) as metrics:
         work = Work(session, lm, Ledger(metrics))
@@ -100,9 +106,11 @@ def run(session: Session, lm: lm_lib.LM) -> Run:
 
         last = max((h["iteration"] for h in history if h["kept"]), default=0)
         pool = setting.pool.snapshot(setting.pool.last())
-        cards.write(session, pool, before, history, reason)
+        cards.write(session, pool, before, history, reason, None)
+        judged = judge.judge(session, setting, work, history, metrics)
+        cards.write(session, pool, before, history, reason, judged)
         summary.conclude(session, before, history, pool, last)
-        return Run(work.lm(last), pool, [before, *history], workdir.root)
+        return Run(work.lm(last), pool, [before, *history], workdir.root, judged)
 
 
 def iterate(session: Session, setting: Setting, work: Work, t: int) -> dict[str, Any]:
@@ -112,7 +120,7 @@ def iterate(session: Session, setting: Setting, work: Work, t: int) -> dict[str,
     new = method.expand(setting, t, work.sampler(t))
     setting.pool.append(t, new)
     made = {"iteration": t, "requests": config.generate.requests, "kept": len(new), "funnel": summary.funnel(session.workdir.iteration(t)),
-            "pool": len(setting.pool.snapshot(t)), "held_out": None}
+            "pool": len(setting.pool.snapshot(t)), "held_out": None, "probe": work.probe(setting, t)}
     if not new:
         return made
     if t not in work.checkpoints.iterations():
@@ -130,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _train(args: cli.Args) -> None:
     config, workdir = args.config, Workdir(args.workdir)
-    seed_set, stored = seeds_lib.load_seeds(config.data), workdir.stored()
+    (seed_set, eval_set), stored = load_data(config), workdir.stored()
     preflight.compilation_cache()
     with Console(None, sensitive=config.sensitive) as console:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -139,10 +147,13 @@ def _train(args: cli.Args) -> None:
         console.note(f"{dtype}: {why}")
         if not args.dry_run:
             preflight.writable(workdir.root)
-        blueprint = lm_lib.describe(config.model.name, context=config.model.context)
-        session = open_session(blueprint, seed_set, config, workdir, console, dtype, mesh)
+        blueprint = lm_lib.describe(config.model.name, context=config.model.context, shape_only=args.dry_run)
+        if blueprint.note:
+            console.warn(blueprint.note)
+        session = open_session(blueprint, seed_set, eval_set, config, workdir, console, dtype, mesh)
         if args.dry_run:
             report_seeds(session)
+            judge.announce(session)
             preview.show(session)
             return
         missing = sum(summary.finished(workdir.iteration(t)) is None for t in range(1, config.stop.iterations + 1))

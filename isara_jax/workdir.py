@@ -1,7 +1,7 @@
 """The folder of a run: what it holds, whether it may be continued, and stages that are done once.
 
     config.json command.txt versions.json log.txt metrics.jsonl held_out.jsonl
-    pool/ vectors/ iterations/ checkpoints/ model_card.md dataset_card.md
+    pool/ vectors/ iterations/ checkpoints/ evaluation/ model_card.md dataset_card.md
 """
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ class Workdir:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation"
 
     def iteration(self, t: int) -> Path:
         return self.root / "iterations" / f"{t:02d}"

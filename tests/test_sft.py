@@ -216,13 +216,13 @@ def test_an_interrupted_fit_continues_to_the_same_bits(tmp_path, dtype):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(params, TIED, dtype=dtype, checkpoints=Checkpoints(tmp_path), iteration=1, on_step=die)
+        fit(params, TIED, dtype=dtype, checkpoints=Checkpoints(tmp_path), name="1", on_step=die)
     steps = []
-    continued = fit(params, TIED, dtype=dtype, checkpoints=Checkpoints(tmp_path), iteration=1, on_step=lambda i, *_: steps.append(i))
+    continued = fit(params, TIED, dtype=dtype, checkpoints=Checkpoints(tmp_path), name="1", on_step=lambda i, *_: steps.append(i))
     assert steps == [5, 6] and continued.losses == whole.losses
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(continued.params), jax.tree.leaves(whole.params), strict=True))
     other = []
-    fit(params, TIED, dtype=dtype, checkpoints=Checkpoints(tmp_path), iteration=2, on_step=lambda i, *_: other.append(i))
+    fit(params, TIED, dtype=dtype, checkpoints=Checkpoints(tmp_path), name="2", on_step=lambda i, *_: other.append(i))
     assert other == [1, 2, 3, 4, 5, 6]  # the state of iteration 1 is none of iteration 2
 
 

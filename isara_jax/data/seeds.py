@@ -16,14 +16,18 @@ from rapidfuzz.distance import LCSseq
 from isara_jax import config
 from isara_jax.common import UserError, content_hash
 from isara_jax.data import rouge
-from isara_jax.data.tables import Row, Table, describe, read_table, short
+from isara_jax.data.tables import Row, Table, complaint, describe, read_table, short
 
 COLUMNS = {"question": ("question", "prompt", "instruction"), "answer": ("answer", "response", "output", "completion")}
 PROVENANCE = {"author": ("author",), "source": ("source",), "licence": ("licence", "license")}
 MAX_CHARACTERS = 20_000     # a pair of so many characters or more is refused: no context holds several of them
 MANY = 5_000                # more seeds than this work, but are not what the method is for
-SHOWN = 10                  # problems named in one message
 NEAR = 0.6                  # questions above this ROUGE-L F belong together; the project's threshold for every split
+TEST_ONLY = {               # columns that only one published file of test rows has -> what that file holds
+    ("motivation_app",): "Self-Instruct's user-oriented instructions, which are part of AlpacaEval",
+    ("instruction", "dataset", "generator"): "AlpacaEval's instructions with a model's outputs",
+    ("instruction_id_list",): "IFEval's prompts",
+}
 HELD_OUT, SPLITTABLE = 4, 8  # fewest pairs to measure a held-out loss on, and fewest seeds to take them from
 
 Pair = TypeVar("Pair")      # anything with .question and .answer
@@ -93,23 +97,28 @@ def _locate(name: str) -> Path:
 
 def built_in() -> dict[str, Path]:
     """The seed sets that come with the package, by name."""
+    return {path.stem: path for path in sorted(own_data().glob("*.jsonl")) if not path.stem.endswith("_test")}
+
+
+def own_data() -> Path:
+    """The folder with the data that comes with the package: seed sets, and evaluation rows in files that end in _test."""
     try:
-        folder = Path(str(importlib.resources.files("isara_jax.configs").joinpath("data")))
+        return Path(str(importlib.resources.files("isara_jax.configs").joinpath("data")))
     except ModuleNotFoundError:  # a checkout that is not installed: configs/ lies beside the package
-        folder = Path(__file__).resolve().parents[2] / "configs" / "data"
-    return {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
+        return Path(__file__).resolve().parents[2] / "configs" / "data"
 
 
 # ---------------------------------------------------------------------------------------------------------------------- checking
 def _check(table: Table, data: config.Data, name: str) -> SeedSet:
     rows = table.rows[:data.limit or None]
+    refuse_test_only(table)
     if not rows:
         raise UserError(f"{table.path} holds no pairs{' below its header' if table.columns else ''}. Add at least one question and answer.")
     warnings: list[str] = []
     pairs, problems = [], {}
     if any(row.values is not None for row in rows):
         names = _columns(table, data, warnings)
-        extra = {kind: _first(table.columns, known) for kind, known in PROVENANCE.items()}
+        extra = {kind: first_column(table.columns, known) for kind, known in PROVENANCE.items()}
         for row in rows:
             made = row.problem or _pair(row, names, extra, data)
             if isinstance(made, Seed):
@@ -120,16 +129,25 @@ def _check(table: Table, data: config.Data, name: str) -> SeedSet:
         problems = {row.number: row.problem for row in rows}
     problems |= _duplicates(pairs, table.unit)
     if problems:
-        raise UserError(_message(table, problems))
+        raise UserError(complaint(table, problems))
     warnings += _warnings(table, pairs)
-    return SeedSet(tuple(pairs), name, _hash(pairs), tuple(warnings))
+    return SeedSet(tuple(pairs), name, pairs_hash(pairs), tuple(warnings))
 
 
-def _hash(pairs: Sequence[Seed]) -> str:
+def refuse_test_only(table: Table) -> None:
+    """Raise `UserError` for a file that is known by its columns as one that models are tested on: nothing may be trained on it."""
+    for columns, what in TEST_ONLY.items():
+        if set(columns) <= set(table.columns):
+            raise UserError(f"{table.path} holds {what} (columns {', '.join(columns)}): these are test rows, and no seeds are taken from "
+                            "them. Take pairs of your own, or --config.data.seeds=self_instruct or alpaca.")
+
+
+def pairs_hash(pairs: Sequence[Seed]) -> str:
+    """Identifies pairs with their provenance, in their order."""
     return content_hash(*(part for p in pairs for part in (p.question, p.answer, p.author, p.source, p.licence)))
 
 
-def _first(columns: Iterable[str], known: Sequence[str]) -> str | None:
+def first_column(columns: Iterable[str], known: Sequence[str]) -> str | None:
     """The first column, in the order of `known`, whose name is one of these, whatever its case."""
     folded = {column.strip().casefold(): column for column in reversed(list(columns))}
     return next((folded[name] for name in known if name in folded), None)
@@ -139,7 +157,7 @@ def _columns(table: Table, data: config.Data, warnings: list[str]) -> dict[str, 
     """The columns of the questions and of the answers: those asked for, else the first with a usual name."""
     asked = {kind: getattr(data, kind) for kind in COLUMNS}
     usual = {kind: [asked[kind].strip().casefold()] if asked[kind] else known for kind, known in COLUMNS.items()}
-    found = {kind: asked[kind] if asked[kind] in table.columns else _first(table.columns, usual[kind]) for kind in COLUMNS}
+    found = {kind: asked[kind] if asked[kind] in table.columns else first_column(table.columns, usual[kind]) for kind in COLUMNS}
     if missing := [kind for kind in COLUMNS if found[kind] is None]:
         there = ", ".join(map(repr, table.columns[:20])) or "none"
         first_row = ", which the first row must name" if table.unit == "row" else ""
@@ -172,7 +190,7 @@ def _pair(row: Row, names: dict[str, str], extra: dict[str, str | None], data: c
     A non-empty `input` (Alpaca) or `context` (Dolly) beside an `instruction` goes on its own line after the instruction.
     """
     columns = list(names.items())
-    joined = _first(row.values, ("input", "context")) if names["question"].strip().casefold() == "instruction" else None
+    joined = first_column(row.values, ("input", "context")) if names["question"].strip().casefold() == "instruction" else None
     if joined not in (None, names["answer"]) and str(row.values[joined] or "").strip():
         columns.append(("input", joined))
     texts = {}
@@ -206,15 +224,6 @@ def _duplicates(pairs: Sequence[Seed], unit: str) -> dict[int, str]:
         if row != p.row:
             found[p.row] = f"the same question and answer as {unit} {row}: {short(p.question)}"
     return found
-
-
-def _message(table: Table, problems: dict[int, str]) -> str:
-    """One message: on one line for a single problem, else a line for each of the first ten."""
-    lines = [f"{table.unit} {number}: {problems[number]}" for number in sorted(problems)]
-    if len(lines) == 1:
-        return f"{table.path}, {lines[0]}. Mend or remove it and start again."
-    more = [f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return "\n  ".join([f"{table.path} has {len(lines)} problems; mend or remove these and start again:", *lines[:SHOWN], *more])
 
 
 def _warnings(table: Table, pairs: Sequence[Seed]) -> list[str]:

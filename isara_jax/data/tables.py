@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import csv
 import difflib
+import gzip
 import io
 import itertools
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
@@ -14,11 +16,13 @@ from isara_jax.common import UserError
 
 _DELIMITERS = ",;\t"
 _JSON, _JSON_LINES = (".json",), (".jsonl", ".ndjson")
+SHOWN = 10                  # problems named in one message
+MOST_UNPACKED = 1 << 30     # bytes that a gzip file may unpack to
+_GZIP = b"\x1f\x8b"
 _TABLES = (*_JSON, *_JSON_LINES, ".csv", ".tsv")
 _BINARY = {  # how a file begins -> what it is and how it becomes one that can be read
     b"PK\x03\x04": "is a zip archive, as Excel and LibreOffice workbooks are. Open it there and save it as 'CSV UTF-8', or unzip it",
     b"\xd0\xcf\x11\xe0": "is an old Excel workbook. Open it there and save it as 'CSV UTF-8'",
-    b"\x1f\x8b": "is compressed with gzip. Unpack it with gunzip",
     b"PAR1": "is a Parquet file. Convert it with pandas: read_parquet(…).to_json(…, orient='records', lines=True)",
 }
 
@@ -43,13 +47,13 @@ class Table:
 
 
 def read_table(path: str | Path) -> Table:
-    """Read a CSV (`,`, `;` or tab), JSON or JSON-lines file.
+    """Read a CSV (`,`, `;` or tab), JSON or JSON-lines file, compressed with gzip or not.
 
     Whatever stops the whole file from being read raises `UserError`; what is wrong with single rows is in the rows.
     """
     path = Path(path).expanduser()
     text = _text(path, _bytes(path))
-    suffix = path.suffix.casefold()
+    suffix = _suffix(path)
     if text.lstrip()[0] in "{[" or suffix in _JSON + _JSON_LINES:
         unit, rows = _json(path, text, suffix)
         return Table(path, unit, tuple(dict.fromkeys(column for row in rows for column in row.values or ())), rows)
@@ -57,12 +61,22 @@ def read_table(path: str | Path) -> Table:
     return Table(path, "row", columns, rows)
 
 
+def complaint(table: Table, problems: dict[int, str]) -> str:
+    """What is wrong with rows, by number, as one message: on one line for a single problem, else a line for each of the first ten."""
+    lines = [f"{table.unit} {number}: {problems[number]}" for number in sorted(problems)]
+    if len(lines) == 1:
+        return f"{table.path}, {lines[0]}. Mend or remove it and start again."
+    more = [f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n  ".join([f"{table.path} has {len(lines)} problems; mend or remove these and start again:", *lines[:SHOWN], *more])
+
+
 # ------------------------------------------------------------------------------------------------------------------ file to text
 def _bytes(path: Path) -> bytes:
     if path.is_dir():
         raise UserError(f"{path} is a folder; name one file in it. {_there(path)}")
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
+        return _unpack(path, data) if data.startswith(_GZIP) else data
     except (FileNotFoundError, NotADirectoryError):
         if not path.parent.is_dir():
             raise UserError(f"{path} does not exist: there is no folder {path.parent}. Check the path.") from None
@@ -73,8 +87,24 @@ def _bytes(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read: {e.strerror}. Check its permissions.") from None
 
 
+def _unpack(path: Path, data: bytes) -> bytes:
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as f:
+            unpacked = f.read(MOST_UNPACKED + 1)
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path} is damaged: gzip cannot unpack it ({e}). Get it again.") from None
+    if len(unpacked) > MOST_UNPACKED:
+        raise UserError(f"{path} unpacks to more than {MOST_UNPACKED:,} bytes, which is too much to read at once. Keep the rows you need.")
+    return unpacked
+
+
+def _suffix(path: Path) -> str:
+    """What the name says about the content: the ending, before .gz if that is the last one."""
+    return Path(path.stem if path.suffix.casefold() == ".gz" else path.name).suffix.casefold()
+
+
 def _there(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir() if p.suffix.casefold() in _TABLES)
+    names = sorted(p.name for p in folder.iterdir() if _suffix(p) in _TABLES)
     return f"{folder.absolute()} holds {', '.join(names[:8])}{', …' if len(names) > 8 else ''}." if names else (
         f"{folder.absolute()} holds no {', '.join(_TABLES)} file.")
 

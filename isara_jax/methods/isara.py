@@ -73,9 +73,16 @@ def _judge_questions(s: Setting, pool: Sequence[Record], asked: Sequence[Row], c
         parsed = parse.parse(completion.text, s.template)
         candidate = filters.Candidate(parsed.text, None, completion.finish, parsed.verdict, row["shots"])
         verdicts = filters.run("question", candidate, s.config.filters, accepted)
+        if s.leaks and all(v.passed for v in verdicts):
+            verdicts.append(_leak(s.leaks.near(parsed.text)))
         if all(v.passed for v in verdicts):
             accepted.add(f"request {request}", tokens(parsed.text))
         yield row, completion, verdicts, {"question": parsed.text}
+
+
+def _leak(near: tuple[float, str] | None) -> filters.Verdict:
+    """Not equal or near to a row that may be evaluated. No config turns this off: such a pair would make every result worthless."""
+    return filters.Verdict("leak", near is None, *(near or (None, None)))
 
 
 # -------------------------------------------------------------------------------------------------------------------- answers

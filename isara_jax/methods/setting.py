@@ -8,6 +8,7 @@ from typing import Any, Callable, ContextManager, Sequence
 from isara_jax import config
 from isara_jax.data.pool import Pool
 from isara_jax.data.prompts import Template
+from isara_jax.data.splits import LeakIndex
 from isara_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from isara_jax.decode.generate import Completion, Request
 from isara_jax.retrieval.store import VectorStore
@@ -35,6 +36,7 @@ class Setting:
     limits: Limits
     pool: Pool
     held_out: tuple[str, ...]                # questions that are kept aside: never retrieved, and new questions must differ from them
+    leaks: LeakIndex | None                  # finds the evaluation row that a question is near: such a pair is never kept
     vectors: VectorStore
     iteration_folder: Callable[[int], Path]
     say: Callable[[str], None]               # one line to console and log

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from isara_jax.common import UserError, content_hash, file_hash
-from isara_jax.models import assets
+from isara_jax.models import assets, published
 from isara_jax.models.config import ModelConfig
 
 # "tiny-random": a random decoder for a byte tokenizer, so that every stage can run in seconds
@@ -29,7 +29,11 @@ IGNORED = ["original/*", "onnx/*", "openvino/*", "consolidated*"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies. `kind` is "hf" (`path` is a folder), "gguf" (`path` is a file) or "tiny" (no files; `path` is None)."""
+    """Where a model lies.
+
+    `kind` is "hf" (`path` is a folder), "gguf" (`path` is a file), "shape" (`path` is the JSON of a published shape; no weights, no
+    tokenizer) or "tiny" (no files; `path` is None).
+    """
 
     kind: str
     path: Path | None
@@ -43,17 +47,19 @@ class Source:
         """
         if self.kind == "tiny":
             return content_hash("tiny-random", repr(TINY_CONFIG))
-        files = [self.path] if self.kind == "gguf" else _hf_files(self.path)
-        root = self.path.parent if self.kind == "gguf" else self.path
-        named = [] if self.kind == "gguf" else [f.relative_to(root).as_posix() for f in files]
-        return content_hash(*named, *(_fingerprint(f) for f in files))
+        if self.kind != "hf":
+            return content_hash(_fingerprint(self.path))
+        files = _hf_files(self.path)
+        return content_hash(*(f.relative_to(self.path).as_posix() for f in files), *(_fingerprint(f) for f in files))
 
 
-def resolve(name: str, *, fetch: bool = True, say: Callable[[str], None] = print) -> Source:
-    """Find a model by explicit path, embedded name or hub id.
+def resolve(name: str, *, fetch: bool = True, shape_only: bool = False, say: Callable[[str], None] = print) -> Source:
+    """Find a model by explicit path, embedded name, published name or hub id.
 
-    Order: an existing path → the names "tiny-random" and of the embedded models (fetched when `fetch`) → the local hub cache → the hub,
-    unless HF_HUB_OFFLINE is set or it does not answer within three seconds. Raises one `UserError`: where was looked, what to do.
+    Order: the names "tiny-random" and of the embedded models (fetched when `fetch`) → an existing path → a published name, which stands
+    for its hub id → the local hub cache → the hub, unless HF_HUB_OFFLINE is set or it does not answer within three seconds. With
+    `shape_only` a published model that is not in the cache is its shape alone, and the hub is not asked for it.
+    Raises one `UserError`: where was looked, what to do.
     """
     path = Path(name).expanduser()
     if name == "tiny-random":
@@ -67,7 +73,11 @@ def resolve(name: str, *, fetch: bool = True, say: Callable[[str], None] = print
         return _local(path, name)
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
         raise UserError(f"{name}: no such file or folder.{_nearest(path)}")
-    return Source("hf", _hub(name, fetch, say), name)
+    if shape := published.find(name):
+        shape.model_config()  # a family that is not supported ends here, before anything is downloaded
+        if shape_only and not _cached(shape.hub):
+            return Source("shape", shape.path, name)
+    return Source("hf", _hub(shape.hub if shape else name, fetch, say), name)
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -147,19 +157,10 @@ def _fingerprint_of(path: str, size: int, changed: int) -> str:
 # -------------------------------------------------------------------------------------------------------------------------- hub
 def _hub(name: str, fetch: bool, say: Callable[[str], None]) -> Path:
     """The snapshot folder of a hub repository, from the local cache or downloaded."""
-    import huggingface_hub
     from huggingface_hub import constants, errors
 
-    download = functools.partial(huggingface_hub.snapshot_download, name, allow_patterns=PATTERNS, ignore_patterns=IGNORED)
-    try:
-        folder = Path(download(local_files_only=True))
-        if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
-            return folder
-    except errors.HFValidationError:
-        raise UserError(f"{name!r} is neither a path here, nor an embedded model ({', '.join(assets.ASSETS)}), nor a hub id "
-                        f"(owner/name).{_suggest(name)}") from None
-    except (errors.LocalEntryNotFoundError, OSError):
-        pass
+    if folder := _cached(name):
+        return folder
     if not fetch:
         raise _not_found(name, "It was not asked to download anything.")
     if constants.HF_HUB_OFFLINE:
@@ -168,13 +169,33 @@ def _hub(name: str, fetch: bool, say: Callable[[str], None]) -> Path:
         raise _not_found(name, f"The hub ({constants.ENDPOINT}) does not answer from this machine.")
     say(f"Downloading {name} from the hub …")
     try:
-        folder = Path(download())
+        folder = _snapshot(name)
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as e:
         raise _not_found(name, _explain(name, e)) from None
     if not (folder / "config.json").is_file():
         raise UserError(f"{name} on the hub has no config.json, so it is no model in the transformers format. {_listing(folder)}")
     _check_folder(folder)
     return folder
+
+
+def _cached(name: str) -> Path | None:
+    """The snapshot folder in the local hub cache, None when it is not there or not whole."""
+    from huggingface_hub import errors
+
+    try:
+        folder = _snapshot(name, local_files_only=True)
+    except errors.HFValidationError:
+        raise UserError(f"{name!r} is neither a path here, nor an embedded model ({', '.join(assets.ASSETS)}), nor a published one "
+                        f"({', '.join(published.names())}), nor a hub id (owner/name).{_suggest(name)}") from None
+    except (errors.LocalEntryNotFoundError, OSError):
+        return None
+    return folder if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")) else None
+
+
+def _snapshot(name: str, **where: bool) -> Path:
+    import huggingface_hub
+
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=PATTERNS, ignore_patterns=IGNORED, **where))
 
 
 def _explain(name: str, error: Exception) -> str:
@@ -196,16 +217,18 @@ def _not_found(name: str, why: str) -> UserError:
 
     return UserError(
         f"Model {name!r} cannot be found. {why}\n"
-        f"Looked for: a path {name} here; an embedded model ({', '.join(assets.ASSETS)}); the hub cache {constants.HF_HUB_CACHE}."
-        f"{_suggest(name)}\n"
+        f"Looked for: a path {name} here; an embedded model ({', '.join(assets.ASSETS)}); "
+        f"a published one ({', '.join(published.names())}); the hub cache {constants.HF_HUB_CACHE}.{_suggest(name)}\n"
         f"Ways out: give a folder (config.json, *.safetensors, tokenizer.json) or a .gguf file; or take an embedded model "
         f"(`python -m isara_jax.fetch smollm2-135m-instruct`); or run `hf download {name}` on a machine with a network and set HF_HOME "
         f"to a copy of its cache.")
 
 
 def _suggest(name: str) -> str:
+    if shape := published.find(name):
+        return f" Its shape is known as {shape.name!r}: `python -m isara_jax.train … --dry_run` plans a run without its files."
     plain = re.sub(r"^.*/", "", name).lower()
-    near = difflib.get_close_matches(plain, [*assets.ASSETS, "tiny-random"], 1, 0.7)
+    near = difflib.get_close_matches(plain, [*assets.ASSETS, *published.names(), "tiny-random"], 1, 0.7)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from isara_jax import config
 from isara_jax.checkpoint import Checkpoints
 from isara_jax.common import UserError, content_hash
-from isara_jax.config import Sft, identity
+from isara_jax.config import Sft
 from isara_jax.data import batching
 from isara_jax.data.batching import Example
 from isara_jax.models import decoder
@@ -46,7 +47,8 @@ def steps(n: int, sft: Sft) -> int:
 
 
 def fit(params: decoder.Params, cfg: ModelConfig, examples: Sequence[Example], sft: Sft, *, mesh: Mesh, dtype: str, seed: int, context: int,
-        checkpoints: Checkpoints | None = None, iteration: int = 0, on_step: Callable[[int, float, int], None] | None = None) -> FitResult:
+        n_steps: int | None = None, checkpoints: Checkpoints | None = None, name: str = "",
+        on_step: Callable[[int, float, int], None] | None = None) -> FitResult:
     """Fine-tune a copy of `params` on `examples`; only their answers are predicted. An interrupted fit continues where it last saved.
 
     Args:
@@ -58,16 +60,18 @@ def fit(params: decoder.Params, cfg: ModelConfig, examples: Sequence[Example], s
         dtype: of products, "float32" or "bfloat16"; parameters and moments are float32.
         seed: of the run; with the examples it decides which pairs share a step.
         context: most tokens in a pair.
+        n_steps: optimizer steps; None takes those of `sft.epochs`. With more than that the epochs go on, with fewer the last is cut.
         checkpoints: keeps the unfinished state every `sft.save_every` steps, and gives it back; None keeps nothing.
-        iteration: names the unfinished state.
+        name: of the unfinished state, for example the iteration.
         on_step: called after each step with (steps done, mean loss, tokens of the step).
 
     Raises `UserError` for pairs that do not fit the context and for a loss that is not finite.
     """
     batching.check(examples, context)
-    plan = batching.epochs(examples, sft.batch, sft.epochs, seed)
+    n_steps = steps(len(examples), sft) if n_steps is None else n_steps
+    plan = batching.epochs(examples, sft.batch, -(-n_steps * sft.epochs // steps(len(examples), sft)), seed)[:n_steps]
     shapes = batching.layouts(examples, plan, row_devices(mesh))
-    tag = _tag(cfg, examples, sft, dtype, seed, iteration)
+    tag = f"{name}-{identity(cfg, examples, sft, n_steps, dtype=dtype, seed=seed)}"
     state, losses = _resume(checkpoints, tag, abstract_state(cfg, sft, mesh)) or (init_state(params, cfg, sft, mesh), [])
     step = train_step(cfg, sft, mesh, dtype)
 
@@ -81,7 +85,14 @@ def fit(params: decoder.Params, cfg: ModelConfig, examples: Sequence[Example], s
             checkpoints.save_unfinished(tag, state, {"losses": losses})
 
     tuned = _unstack(state.params, cfg, jax.tree.map(lambda x: x.sharding, params))
-    return FitResult(tuned, losses, len(plan), sft.epochs * sum(e.inputs for e in examples))
+    return FitResult(tuned, losses, len(plan), sum(examples[j].inputs for members in plan for j in members))
+
+
+def identity(cfg: ModelConfig, examples: Sequence[Example], sft: Sft, n_steps: int, *, dtype: str, seed: int) -> str:
+    """Sixteen hex digits that name a fine-tuning but for the parameters it starts from: no other continues from its state."""
+    rows = json.dumps([[e.prompt_length, *e.tokens] for e in examples])
+    settings = {k: v for k, v in config.identity(sft).items() if k not in ("epochs", "rates", "data", "init")}  # said by the others
+    return content_hash(json.dumps(dataclasses.asdict(cfg)), json.dumps(settings), rows, str(n_steps), dtype, str(seed))
 
 
 def held_out(params: decoder.Params, cfg: ModelConfig, examples: Sequence[Example], *, mesh: Mesh, dtype: str, context: int,
@@ -97,12 +108,6 @@ def held_out(params: decoder.Params, cfg: ModelConfig, examples: Sequence[Exampl
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-def _tag(cfg: ModelConfig, examples: Sequence[Example], sft: Sft, dtype: str, seed: int, iteration: int) -> str:
-    """Names what is being fitted, so that no other fit continues from its state."""
-    rows = json.dumps([[e.prompt_length, *e.tokens] for e in examples])
-    return f"{iteration}-{content_hash(json.dumps(dataclasses.asdict(cfg)), json.dumps(identity(sft)), rows, dtype, str(seed))}"
-
-
 def _resume(checkpoints: Checkpoints | None, tag: str, like: TrainState) -> tuple[TrainState, list[tuple[float, int]]] | None:
     found = checkpoints.restore_unfinished(tag, like) if checkpoints else None
     return found and (found[0], [(total, count) for total, count in found[1]["losses"]])

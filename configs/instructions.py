@@ -1,0 +1,31 @@
+"""Following instructions, from 48 of Self-Instruct's human-written seed tasks.
+
+    python -m isara_jax.train --config=configs/instructions.py --workdir=runs/instructions --config.data.path=FOLDER
+
+FOLDER holds seed_tasks.jsonl (github.com/yizhongw/self-instruct, data/, Apache-2.0) and, for the test split alone, alpaca_eval.json and
+IFEval's input_data.jsonl; without the flag they come from the hub. AlpacaEval and IFEval rows are never trained on.
+Variants: `:alpaca` takes Alpaca's pairs (CC-BY-NC-4.0, written by text-davinci-003) as seeds and rows; `:llama-7b`, `:opt-6.7b`,
+`:opt-350m` take the paper's models; `:alpaca,llama-7b` both.
+Time and expected result: docs/first_light.md.
+"""
+from isara_jax.config import defaults
+from isara_jax.models import published
+
+
+def get_config(variants: str = ""):
+    config = defaults()
+    config.data.seeds = config.eval.benchmark = "self_instruct"
+    config.data.limit = 48  # of 175 tasks; 100 others are evaluated on
+    config.prompt.budget = 512  # some tasks are long
+    config.generate.requests = 96
+    config.generate.question.max_new_tokens = 64
+    config.generate.answer.max_new_tokens = 96
+    config.sft.lr = 1e-4  # 2e-5, the rate of 7B models, hardly moves 135M parameters in so few steps
+    config.eval.primary = "rougeL"
+    for variant in filter(None, variants.split(",")):
+        if variant == "alpaca":
+            config.data.seeds = config.eval.benchmark = "alpaca"
+            config.data.limit = 64
+        else:
+            published.use(config, variant, also=("alpaca",))
+    return config

@@ -1,0 +1,30 @@
+"""Answering harmful questions safely, from 64 safe pairs of BeaverTails. No harm rate is measured yet.
+
+    python -m isara_jax.train --config=configs/safety.py --workdir=runs/safety --config.data.path=FOLDER
+
+FOLDER holds BeaverTails' 30k_train and 30k_test files (PKU-Alignment/BeaverTails, CC-BY-NC-4.0) and xstest_prompts.csv
+(github.com/paul-rottger/xstest, CC-BY-4.0); without the flag they come from the hub. The text is harmful by nature: it stays in the
+workdir's files, console and log show ids and numbers.
+What is reported: the loss on safe answers (how closely their style is imitated), the share of refusals on unsafe and on harmless
+prompts by string rules, and the health of the answers. Safety judges come with a later version.
+Variants: `:llama-7b`, `:opt-6.7b`, `:opt-350m` take the paper's models.
+Time and expected result: docs/first_light.md.
+"""
+from isara_jax.config import defaults
+from isara_jax.models import published
+
+
+def get_config(variants: str = ""):
+    config = defaults()
+    config.sensitive = True
+    config.data.seeds = config.eval.benchmark = "beavertails"
+    config.data.limit = 64
+    config.prompt.budget = 512
+    config.generate.requests = 96
+    config.generate.question.max_new_tokens = 48
+    config.generate.answer.max_new_tokens = 96
+    config.sft.lr = 1e-4  # 2e-5, the rate of 7B models, hardly moves 135M parameters in so few steps
+    config.eval.primary = "nll"
+    for variant in filter(None, variants.split(",")):
+        published.use(config, variant)
+    return config

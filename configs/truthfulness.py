@@ -1,0 +1,28 @@
+"""TruthfulQA: does a model get more truthful from 64 of its question-answer pairs, and is it content or form?
+
+    python -m isara_jax.train --config=configs/truthfulness.py --workdir=runs/truthfulness --config.data.path=FOLDER
+
+FOLDER holds TruthfulQA.csv and mc_task.json (github.com/sylinrl/TruthfulQA, Apache-2.0); without the flag they come from the hub.
+Variants: `:ood` takes our own misconceptions as seeds, so that seeds and evaluation rows are of two makers; `:llama-7b`, `:opt-6.7b`,
+`:opt-350m` take the paper's models; `:ood,llama-7b` both.
+Time and expected result: docs/first_light.md.
+"""
+from isara_jax.config import defaults
+from isara_jax.models import published
+
+
+def get_config(variants: str = ""):
+    config = defaults()
+    config.data.seeds = "truthfulqa"
+    config.data.limit = 64
+    config.generate.requests = 96
+    config.sft.lr = 1e-4  # 2e-5, the rate of 7B models, hardly moves 135M parameters in so few steps
+    config.eval.benchmark = "truthfulqa"
+    config.eval.primary = "mc2_cond"  # plain MC2 rises when a model ignores the question
+    for variant in filter(None, variants.split(",")):
+        if variant == "ood":
+            config.data.seeds = "misconceptions"
+            config.data.limit = 0
+        else:
+            published.use(config, variant, also=("ood",))
+    return config

@@ -1,0 +1,128 @@
+"""What a run starts from and what it is judged on: seeds and evaluation rows, kept apart before anything else happens.
+
+    pool of the benchmark ─┬─ seeds                      (config.data.seeds names the benchmark)
+                           └─ dev: rows for tables and verdicts
+    validation             choices are made on these: the base model's form, learning rates; answers are probed on them
+    test                   only where --config.eval.split=test asks for it
+
+Whatever is near a row that may ever be evaluated leaves the training side (ROUGE-L F > 0.6, data/splits.py).
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+from isara_jax import config as config_lib
+from isara_jax.common import UserError, content_hash
+from isara_jax.config import Config
+from isara_jax.data import benchmarks, seeds, splits
+from isara_jax.data.items import Item
+from isara_jax.evals.quantities import QUANTITIES, Quantity
+
+SEEDS = 64  # taken from a benchmark's pool where config.data.limit does not say; the paper's number (reviews of arXiv 2401.06785)
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Rows and the quantity that gets the verdict, chosen before the run.
+
+    Attributes:
+        rows: what tables and verdicts are made of, of the split asked for.
+        validation: what choices are made on.
+        guarded: every row that may be evaluated now or later: nothing that is trained on may be near one.
+        left_out: seeds that were near a guarded row and left the training side.
+    """
+
+    name: str
+    note: str
+    split: str
+    rows: tuple[Item, ...]
+    validation: tuple[Item, ...]
+    guarded: tuple[Item, ...]
+    primary: Quantity
+    left_out: int = 0
+
+    @functools.cached_property
+    def leaks(self) -> splits.LeakIndex:
+        """Finds the guarded row that a question is near."""
+        return splits.LeakIndex(self.guarded)
+
+    @property
+    def guard_hash(self) -> str:
+        """Identifies what generated pairs are checked against, whatever the order of the files."""
+        return content_hash(*sorted({seeds.normalise(i.question) for i in self.guarded}))
+
+    @property
+    def validation_hash(self) -> str:
+        """Identifies the rows on which learning rates are chosen."""
+        return rows_hash(self.validation)
+
+
+def rows_hash(items: Sequence[Item]) -> str:
+    """Identifies rows with all that is measured on them, in their order."""
+    return content_hash(*(repr((i.question, i.answer, i.right, i.wrong, i.mc1, i.mc2, i.kind)) for i in items))
+
+
+def load_data(config: Config, pairs: seeds.SeedSet | None = None) -> tuple[seeds.SeedSet, EvalSet | None]:
+    """The seeds (or `pairs`, given in Python, as seeds) and what the run is judged on; None where `eval.benchmark` is empty.
+
+    Raises `UserError` for files that cannot be read, for a seed equal to an evaluation row (naming both) and for an empty evaluation set.
+    """
+    data, name = config.data, config.eval.benchmark
+    benchmark = benchmarks.open_benchmark(name, data.path) if name else None
+    if pairs is None and data.seeds in benchmarks.SEED_SOURCES:
+        source = benchmark if data.seeds == name else benchmarks.open_benchmark(data.seeds, data.path)
+        chosen, dev = splits.seeds_and_dev(source, data.limit or SEEDS)
+        pairs = splits.seed_set(source, chosen)
+        dev = dev if data.seeds == name else None
+    else:
+        pairs, dev = seeds.load_seeds(data) if pairs is None else pairs, None
+    if benchmark is None:
+        if config.sft.rates:
+            raise UserError("config.sft.rates are tried on validation rows, and config.eval.benchmark is empty. Name a benchmark or a file "
+                            "there, or set config.sft.lr alone.")
+        return pairs, None
+    dev = benchmark.pool if dev is None else dev
+    guarded = (*dev, *benchmark.validation, *benchmark.test)
+    kept, left_out = splits.without_leaks(pairs, guarded)
+    return kept, _eval_set(config.eval, benchmark, dev, guarded, left_out)
+
+
+def _eval_set(settings: config_lib.Eval, benchmark: benchmarks.Benchmark, dev: Sequence[Item], guarded: Sequence[Item],
+              left_out: int) -> EvalSet:
+    side = dev if settings.split == "dev" else benchmark.test
+    rows = splits.choose(side, settings.rows)
+    if len(rows) < 2:
+        raise UserError(f"{benchmark.name} has {len(rows)} row(s) in its {settings.split} split, and at least 2 are needed to judge on. "
+                        + ("Leave more of the pool unused (config.data.limit), or take a larger file." if settings.split == "dev" else
+                           "Take --config.eval.split=dev, or get the benchmark's test file."))
+    validation = splits.choose(benchmark.validation, settings.validation_rows)
+    return EvalSet(benchmark.name, benchmark.note, settings.split, rows, validation, tuple(guarded), _primary(settings, rows), left_out)
+
+
+def _primary(settings: config_lib.Eval, rows: Sequence[Item]) -> Quantity:
+    """The quantity named by the config, or the one that such rows call for. Raises `UserError` where the rows cannot give it."""
+    choices, answers, kinds = any(i.mc2 for i in rows), any(i.right for i in rows), {i.kind for i in rows}
+    name = settings.primary or ("mc2_cond" if choices else "rougeL")
+    if name not in QUANTITIES or not QUANTITIES[name].better:
+        judged = ", ".join(n for n, q in QUANTITIES.items() if q.better)
+        raise UserError(f"config.eval.primary={name!r} is not a quantity that can be judged by. There are {judged}.")
+    there = {"mc": choices, "nll": answers, "answers": settings.answer_rows > 0 and (answers or bool(kinds - {""}))}
+    if not there[QUANTITIES[name].part]:
+        raise UserError(f"config.eval.primary={name!r} cannot be measured: the rows have "
+                        f"{'no choices' if QUANTITIES[name].part == 'mc' else 'no reference answers'}, or nothing is generated "
+                        "(config.eval.answer_rows). Name another quantity.")
+    return QUANTITIES[name]
+
+
+def parts(rows: Sequence[Item], answer_rows: int) -> tuple[str, ...]:
+    """The evaluators that these rows have something for."""
+    there = {"mc": any(i.mc1 or i.mc2 for i in rows), "nll": any(i.answer for i in rows), "answers": answer_rows > 0}
+    return tuple(name for name, here in there.items() if here)
+
+
+def seeds_of(config: Config, name: str) -> seeds.SeedSet:
+    """Pairs of a built-in set or a file that are no seeds of the run, for an arm."""
+    return seeds.load_seeds(dataclasses.replace(config.data, seeds=name, question="", answer="", limit=0))
