@@ -58,7 +58,7 @@ $(VENV)/installed-test: requirements-test.lock $(VENV)/installed
 
 lock:
 	$(UV) setup.cfg --output-file requirements.lock
-	printf 'hypothesis\npytest\n' | $(UV) - --constraint requirements.lock --output-file requirements-test.lock
+	printf 'datasets\nhypothesis\nlm_eval\npytest\n' | $(UV) - --constraint requirements.lock --output-file requirements-test.lock
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis

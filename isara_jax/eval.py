@@ -48,7 +48,8 @@ def _evaluate(args: cli.Args) -> None:
     if not config.eval.benchmark:
         raise UserError("config.eval.benchmark is empty, so there is nothing to evaluate on. Name a benchmark or a file with it.")
     _, chosen = evalset.load_data(config)
-    folder = Path(args.out) if args.out else (workdir.evaluation if workdir else Path("runs/eval") / Path(args.model).name) / chosen.split
+    usual = workdir.evaluation if workdir else Path("runs/eval") / Path(args.model).name
+    folder = (Path(args.out) if args.out else usual) / chosen.split
     preflight.writable(folder)
     preflight.compilation_cache()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)

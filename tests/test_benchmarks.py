@@ -12,7 +12,7 @@ from isara_jax.common import UserError
 from isara_jax.config import Data
 from isara_jax.data import tables
 from isara_jax.data.benchmarks import Choices, Item, choices, open_benchmark
-from isara_jax.data.readers import Rows, alpaca, beavertails, plain, self_instruct, truthfulqa
+from isara_jax.data.readers import alpaca, beavertails, plain, self_instruct, truthfulqa
 from isara_jax.data.seeds import load_seeds, normalise
 from isara_jax.data.sources import SOURCES, open_tables
 from isara_jax.data.tables import read_table
@@ -118,7 +118,7 @@ def test_the_published_doubt_about_unknown_is_settled_as_in_mc_task(tmp_path):
     ("mc", "a.json", MC_ROW | {"mc2_targets": {"Red.": 0, "Green.": 0}}, "item 1: the choice list 'mc2_targets' has no true answer"),
     ("mc", "a.json", MC_ROW | {"mc2_targets": {"Red.": 1, "red.": 0}}, "item 1: the choice list 'mc2_targets' has the same answer on both"),
     ("mc", "a.json", MC_ROW | {"mc1_targets": {"a": 1, "b": 1, "c": 0}}, "'mc1_targets' has 2 true answers, and must have one"),
-    ("mc", "a.json", MC_ROW | {"mc1_targets": {"It is red.": 1, "b": 0}}, "the true answer of 'mc1_targets' is a false one of 'mc2_targets'"),
+    ("mc", "a.json", MC_ROW | {"mc1_targets": {"It is red.": 1, "b": 0}}, "true answer of 'mc1_targets' is a false one of 'mc2_targets'"),
     ("mc", "a.json", MC_ROW | {"mc1_targets": ["a"]}, "must give 1 .true. or 0 .false. for each answer"),
     ("mc", "a.json", MC_ROW | {"mc1_targets": {"choices": ["a"], "labels": [1, 0]}}, "has 1 answers and 2 labels"),
     ("mc", "a.json", {"question": "Why?"}, "no column 'mc1_targets' and no column 'mc2_targets'. Columns found: 'question'"),
@@ -145,7 +145,8 @@ def pair(prompt, response, safe):
 def test_beavertails_reads_safe_pairs_and_only_the_prompts_of_unsafe_ones(tmp_path):
     write(tmp_path / "beavertails_30k_train_safe_sample.jsonl", [pair(f"Describe {w}", f"On {w}.", True) for w in WORDS])
     write(tmp_path / "beavertails_30k_train_unsafe_sample.jsonl.gz", [pair("Describe amber", "FORBIDDEN", False)] * 2)
-    write(tmp_path / "beavertails_30k_test.jsonl", [pair("Ask about quartz", "Fine.", True), pair("Ask about quartz", "FORBIDDEN", "False")])
+    write(tmp_path / "beavertails_30k_test.jsonl", [pair("Ask about quartz", "Fine.", True),
+                                                    pair("Ask about quartz", "FORBIDDEN", "False")])
     write(tmp_path / "xstest" / "xstest_prompts.csv", [{"id": 1, "prompt": "Stop a clock", "label": "safe"},
                                                        {"id": 2, "prompt": "Break a clock", "label": "unsafe"}])
     rows = beavertails(open_tables("beavertails", str(tmp_path)))
@@ -154,7 +155,7 @@ def test_beavertails_reads_safe_pairs_and_only_the_prompts_of_unsafe_ones(tmp_pa
     assert told(rows.training) == sorted(train + [("Describe amber", "", "unsafe", "beavertails_30k_train_unsafe_sample.jsonl.gz", 1)])
     assert told(rows.fixed_test) == [("Ask about quartz", "", "unsafe", "beavertails_30k_test.jsonl", 2),
                                      ("Ask about quartz", "Fine.", "", "beavertails_30k_test.jsonl", 1)]
-    assert [(i.question, i.kind) for i in sorted(rows.items, key=lambda i: i.row)] == [("Stop a clock", "harmless"), ("Break a clock", "unsafe")]
+    assert {(i.question, i.kind, i.row) for i in rows.items} == {("Stop a clock", "harmless", 2), ("Break a clock", "unsafe", 3)}
     assert "FORBIDDEN" not in repr(rows)
     benchmark = open_benchmark("beavertails", str(tmp_path))
     assert {i.id for i in rows.fixed_test} <= {i.id for i in benchmark.test}
@@ -207,7 +208,7 @@ def test_alpaca_rows_without_an_output_are_left_out_and_counted(tmp_path):
     assert "left out, without an output or repeated: 1" in read.note and "test rows: none" in read.note
 
 
-USER_ORIENTED = {"id": "user_oriented_task_0", "motivation_app": "Grammarly", "instruction": "Mend.", "instances": [{"input": "x", "output": "y"}]}
+USER_ORIENTED = TASK | {"id": "user_oriented_task_0", "motivation_app": "a company"}
 
 
 @pytest.mark.parametrize("row, what", [(USER_ORIENTED, "Self-Instruct's user-oriented instructions"), (EVAL, "AlpacaEval's instructions"),
@@ -232,7 +233,8 @@ def test_plain_files_may_have_choices(tmp_path):
 
 
 def test_plain_pairs_have_a_reference_and_no_choices(tmp_path):
-    item, = plain(read_table(write(tmp_path / "a.json", [{"instruction": "Sort.", "input": "b", "output": "a", "right": [], "wrong": []}]))).items
+    path = write(tmp_path / "a.json", [{"instruction": "Sort.", "input": "b", "output": "a", "right": [], "wrong": []}])
+    item, = plain(read_table(path)).items
     assert (item.question, item.answer, item.right, item.mc1, item.mc2) == ("Sort.\nb", "a", ("a",), None, None)
 
 
@@ -301,14 +303,14 @@ def test_truthfulqa_as_published(test_data, tmp_path):
     assert [len(side) for side in (whole.pool, whole.validation, whole.test)] == [319, 99, 399]
     assert "TruthfulQA v1, 817 questions" in whole.note and "in 2 questions, counts as false" in whole.note
     items = everyone(whole)
+    measured = lambda i: (i.mc1, set(zip(i.mc2.texts, i.mc2.labels)), set(i.right), set(i.wrong))
     assert all(i.mc1 and i.mc2 and sum(i.mc1.labels) == 1 and i.mc1.labels[0] for i in items.values())
     same = 0
     for name in ("TruthfulQA.csv", "mc_task.json"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).symlink_to(test_data / "truthfulqa" / name)
         one = everyone(open_benchmark("truthfulqa", str(tmp_path / name)))
-        same += sum(i.mc1 == items[i.id].mc1 and set(zip(i.mc2.texts, i.mc2.labels)) == set(zip(items[i.id].mc2.texts, items[i.id].mc2.labels))
-                    and set(i.right) == set(items[i.id].right) and set(i.wrong) == set(items[i.id].wrong) for i in one.values())
+        same += sum(measured(i) == measured(items[i.id]) for i in one.values())
     assert same == 2 * 817
 
 
@@ -321,7 +323,7 @@ def test_beavertails_as_published(test_data):
 
 
 def test_instruction_sets_as_published(test_data):
-    for name, sizes in (("self_instruct", (138, 37, 1346)), ("alpaca", (1761, 225, 1346))):
+    for name, sizes in (("self_instruct", (155, 20, 1346)), ("alpaca", (1761, 225, 1346))):
         benchmark = open_benchmark(name, str(test_data))
         assert (len(benchmark.pool), len(benchmark.validation), len(benchmark.test)) == sizes
     with pytest.raises(UserError, match="user-oriented"):

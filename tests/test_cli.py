@@ -81,7 +81,7 @@ def test_a_mistake_is_one_line_with_the_next_step(mistake):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ([], "--config is missing: name a config file, .*configs/quickstart.py, configs/tiny.py"),
+    ([], "--config is missing: name a config file, .*configs/quickstart.py, .*configs/tiny.py"),
     (["--config="], "--config is missing"),
     (["--config"], "--config is missing"),
     ([TINY], "--workdir is missing"),

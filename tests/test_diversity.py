@@ -1,6 +1,6 @@
 """How alike texts are: by hand, and self-BLEU against nltk's."""
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isara_jax.data.rouge import tokens
@@ -38,6 +38,7 @@ def test_self_bleu_looks_at_the_first_200_texts():
     assert diversity.self_bleu([*alike, "x", "y"]) == pytest.approx(1.0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("abc ", max_size=16), min_size=2, max_size=7), st.integers(1, 4))
 def test_self_bleu_equals_nltk_with_smoothing_method_1(texts, n):
     bleu = pytest.importorskip("nltk.translate.bleu_score")

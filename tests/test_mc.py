@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isara_jax.data.items import Item
@@ -45,6 +45,7 @@ def test_conditioned_is_what_the_question_adds():
     assert mc.mc1(own, [True, False]) == 0.0 and mc.mc1(mc.conditioned(own, blind), [True, False]) == 1.0
 
 
+@settings(deadline=None)
 @given(st.lists(LLS, min_size=2, max_size=8), st.floats(-50, 50))
 def test_a_model_that_ignores_the_question_is_at_even_odds_when_conditioned(lls, shift):
     labels = [True] + [False] * (len(lls) - 1)
@@ -69,6 +70,7 @@ def tasks(tmp_path_factory):
     return {"mc1": ConfigurableTask(config=config), "mc2": ConfigurableTask(config=second)}
 
 
+@settings(deadline=None)
 @given(data=st.data(), n=st.integers(2, 10))
 def test_mc1_and_mc2_equal_the_task_code_of_lm_eval_on_the_same_log_likelihoods(tasks, data, n):
     """Theirs: ConfigurableTask.process_results with argmax for mc1, and utils.process_results_mc2. No model of theirs runs."""
@@ -100,6 +102,7 @@ def test_rows_of_one_prompt_alone_have_no_partner():
     assert mc.partners(items("a")) == [None] and mc.partners(items("a", "A")) == [None, None] and mc.partners([]) == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=12), st.randoms())
 def test_partners_depend_on_the_set_of_rows_alone(questions, random):
     rows = items(*questions)
@@ -110,6 +113,7 @@ def test_partners_depend_on_the_set_of_rows_alone(questions, random):
         assert partner is None or rows[partner].group != row.group
 
 
+@settings(deadline=None)
 @given(st.sets(st.text(st.characters(categories=["L"], max_codepoint=122), min_size=1), min_size=2))
 def test_where_every_prompt_is_another_each_question_is_taken_once(questions):
     rows = [Item(question=q) for q in sorted({q.casefold() for q in questions})]

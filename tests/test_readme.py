@@ -66,7 +66,7 @@ def test_the_python_example_fits_the_interface():
         bound = inspect.signature(getattr(owner, call.func.attr))
         bound.bind(*([None] if owner is isara_jax.LM else []), *call.args, **{k.arg: k.value for k in call.keywords})
         called += 1
-    assert called == 6
+    assert called == 7
 
 
 def test_extras_are_those_of_the_package():

@@ -141,7 +141,7 @@ def test_every_group_is_drawn_equally_often():
 
 
 def test_a_row_said_twice_is_not_twice_the_evidence():
-    values, groups = [0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 1], range(12)
+    values, groups = [0.1, 1.3, 0.8, 0.2, 1.7, 0.4, 0.3, 1.1, 0.9, 1.6, 0.6, 1.2], range(12)
     once = bootstrap(values, [1] * 12, groups)
     assert bootstrap(values * 2, [1] * 24, [*groups, *groups]) == pytest.approx(once)
     low, high = bootstrap(values * 2, [1] * 24, range(24))
@@ -156,14 +156,14 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.90 <= covered / 200 <= 0.99
 
 
-def test_the_ratio_s_interval_covers_the_truth_too():
-    """Sums of 1.5 nats per token in the mean, over 1 to 30 tokens."""
+def test_so_does_the_interval_of_a_skewed_ratio():
+    """1.5 nats per token in the mean, over 1 to 30 tokens a row."""
     random, covered = np.random.default_rng(1), 0
-    for _ in range(200):
+    for _ in range(1000):
         tokens = random.integers(1, 31, 60)
         low, high = bootstrap(random.gamma(2, 0.75, 60) * tokens, tokens, range(60), draws=1000)
         covered += low <= 1.5 <= high
-    assert 0.90 <= covered / 200 <= 0.99
+    assert 0.90 <= covered / 1000 <= 0.96
 
 
 def test_false_findings_are_as_rare_as_alpha_says_and_only_with_groups():

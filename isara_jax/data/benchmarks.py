@@ -24,7 +24,7 @@ SEED_SOURCES = tuple(SOURCES)            # benchmarks whose pool gives seeds
 NAMES = (*SEED_SOURCES, "misconceptions")
 # Shares of the components to validate and to test on. TruthfulQA: 99 and 399 of the 817 questions of v1, and a pool of 319. Of
 # BeaverTails the test share concerns XSTest alone.
-_SHARES = {"truthfulqa": (0.12, 0.47), "beavertails": (0.2, 0.4), "self_instruct": (0.2, 0.0), "alpaca": (0.1, 0.0)}
+_SHARES = {"truthfulqa": (0.12, 0.47), "beavertails": (0.2, 0.4), "self_instruct": (0.12, 0.0), "alpaca": (0.1, 0.0)}
 _OTHERWISE = (0.2, 0.0)
 
 

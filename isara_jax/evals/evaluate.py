@@ -170,15 +170,15 @@ def _answers(lm: Any, form: Form, items: Sequence[Item], new_tokens: int, seed: 
 def summarise(rows: Rows) -> list[dict[str, Any]]:
     """Every quantity that the rows have: name, label, value, low and high (95 % interval over rows), rows (how many have it).
 
-    Of the answers as a set also distinct_1, distinct_2, self_bleu and same_opening, which have no interval.
+    Of the answers as a set also distinct_1, distinct_2, self_bleu and same_opening, which have no interval. low and high are None where
+    there is none, also for a single group of rows.
     """
     made = []
     for quantity in QUANTITIES.values():
         if found := [(parts, row["group"]) for row in rows if (parts := quantity.parts(row))]:
-            num, den = (np.array([parts[side] for parts, _ in found], np.float64) for side in (0, 1))
-            if den.sum():
-                low, high = stats.bootstrap(num, den, [group for _, group in found])
-                made.append(_line(quantity.name, quantity.label, num.sum() / den.sum(), len(found), low, high))
+            num, den = ([parts[side] for parts, _ in found] for side in (0, 1))
+            low, high = stats.bootstrap(num, den, [group for _, group in found])
+            made.append(_line(quantity.name, quantity.label, sum(num) / sum(den), len(found), low, high))
     texts = [row["answer"] for row in rows if "answer" in row]
     if texts:
         made += [_line(f"distinct_{n}", f"distinct-{n}", diversity.distinct_n(texts, n), len(texts)) for n in (1, 2)]

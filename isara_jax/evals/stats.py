@@ -1,7 +1,7 @@
 """How sure a figure is: bootstrap intervals, a paired test, and the smallest difference that so many rows could have shown. numpy alone.
 
-A figure over rows is sum(numerators) / sum(denominators): a mean where the denominators are 1, nats per token where they are tokens. Rows of
-one group (one prompt) are not independent, so whole groups are resampled and flipped (clustered errors: Miller 2024, arXiv 2411.00640).
+A figure over rows is sum(numerators) / sum(denominators): a mean where the denominators are 1, nats per token where they are tokens. Rows
+of one group (one prompt) are not independent, so whole groups are resampled and flipped (clustered errors: Miller 2024, arXiv 2411.00640).
 Two models are compared row by row, never by whether their intervals overlap (paired tests: Dror et al. 2018, ACL, P18-1128).
 
 All of it takes the model as given: it says how a figure varies with the rows, not with the training run.
@@ -50,6 +50,10 @@ def bootstrap(num: Sequence[float], den: Sequence[float], groups: Sequence[str],
               seed: int = 0) -> tuple[float, float] | tuple[None, None]:
     """The 95 % percentile interval of sum(num) / sum(den), whole groups resampled together (Efron and Tibshirani 1993, chapter 13).
 
+    It is a little narrow where groups are few. Of 3000 simulated sets of each kind (normal, skewed, shares of 0.4, ratios over 1 to 30
+    tokens) it held the truth in 94 to 95 % with 200 groups, 93 to 96 % with 60 and 88 to 96 % with 15. The test of
+    `paired` is of another kind for that reason.
+
     Args:
         num, den: of each row; every denominator is above 0.
         groups: of each row.
@@ -76,8 +80,11 @@ def paired(num_a: Sequence[float], den_a: Sequence[float], num_b: Sequence[float
     exactly; without a difference (and with shares that are then as likely positive as negative) each sign is as likely as the other. All
     patterns are taken for up to 13 groups, else `draws` random ones, the observed pattern counted among them (Phipson and Smyth 2010,
     arXiv 1603.05766), so that p is never 0.
-    `detectable` is (z_0.975 + z_0.80) standard errors (Bloom 1995, Evaluation Review 19(5); Miller 2024, section 5), these from the
-    linearised groups.
+    Where test and interval disagree, as they may with few groups, the test counts: with symmetric shares its level holds for any number
+    of them.
+
+    `detectable` is (z_0.975 + z_0.80) standard errors (Bloom 1995, Evaluation Review 19(5); Miller 2024), these from the linearised
+    groups.
 
     Raises ValueError as `bootstrap` does.
     """
@@ -117,7 +124,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 # --------------------------------------------------------------------------------------------------------------------- groups
 def _totals(groups: Sequence[str], *columns: Sequence[float]) -> np.ndarray:
-    """Sums over the rows of each group, [groups, columns] float64, groups in sorted order. Columns are numerators and denominators in turn."""
+    """Sums over each group's rows, [groups, columns] float64, in sorted order of groups. Columns: numerators and denominators in turn."""
     names = np.asarray(groups)
     values = [np.asarray(column, np.float64) for column in columns]
     if not len(names):
@@ -173,7 +180,7 @@ def _flip_test(shares: np.ndarray, draws: int, seed: int) -> float:
 
 
 def _words(seed: int, purpose: int, draws: int, *, per_draw: int, width: int) -> Iterator[np.ndarray]:
-    """Random 64-bit words [some draws, per_draw], little-endian, in blocks of at most BLOCK / width draws. The blocks do not change the words."""
+    """Random 64-bit words [some draws, per_draw], little-endian, in blocks of at most BLOCK / width draws, which do not change the words."""
     source = np.random.Philox(key=np.array([seed, purpose], np.uint64))
     block = max(1, BLOCK // width)
     for start in range(0, draws, block):

@@ -1,4 +1,4 @@
-"""The verdict: one quantity, named before the run, of one model against each baseline on the same rows, in words that say no more than they may.
+"""The verdict: one quantity, named before the run, of one model against each baseline on the same rows, in words that claim no more.
 
     better / worse                             Holm's p over all baselines is at most alpha
     not distinguishable with N rows            it is larger
@@ -46,7 +46,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of the judged model, one comparison for each baseline; `control` is its difference to the control, None where none ran."""
+    """What is said of the judged model: a comparison for each baseline, and its difference to the control, None where none ran."""
 
     primary: Quantity
     comparisons: tuple[Comparison, ...]
@@ -102,7 +102,7 @@ def sentences(given: Verdict) -> list[str]:
     if least > given.alpha:
         lines.append(f"{_count(most)} cannot give a p under {min(least, 1.0):.2g} against {len(given.comparisons)} baseline(s): "
                      "too few for any verdict")
-    lines.append(f"intervals and p are over these rows ({_count(most)}): they describe this checkpoint, not the method; another run may differ")
+    lines.append(f"intervals and p are over these rows ({_count(most)}): they describe this checkpoint, not the method")
     return lines
 
 
@@ -149,7 +149,7 @@ def _numbers(paired: Paired, quantity: Quantity) -> str:
 def _power(paired: Paired, quantity: Quantity) -> str:
     if not paired.detectable:  # one group, or no row differs
         return ""
-    return f"; {_count(paired)} would show a true difference of {_scaled(paired.detectable, quantity)} four times in five"
+    return f"; {_count(paired)} would show a true difference of {_scaled(paired.detectable, quantity)} {quantity.unit} four times in five"
 
 
 def _scaled(value: float, quantity: Quantity, sign: str = "") -> str:
