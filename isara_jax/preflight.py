@@ -167,9 +167,12 @@ def check_memory(cfg: ModelConfig, dtype: str, devices: Sequence[Any], *, fsdp: 
     said += f" of {there / GIB:.1f} GiB" + (" on this machine" if cpu else " on a device")
     most = max(needed.values())
     if most > there:
-        lower = "--config.generate.slots" if needed["sampling"] > needed["training"] else "--config.sft.batch"
-        more = "" if cpu else ", or share out the parameters over more devices (--config.mesh.data=1 --config.mesh.fsdp=-1)"
-        raise UserError(f"{said}: that cannot suffice. Lower {lower}, take a smaller model{more}.")
+        ways = ["take a smaller model"] + ([] if cpu else [
+            "share out the parameters over more devices (--config.mesh.data=1 --config.mesh.fsdp=-1)"])
+        smallest = memory_needed(cfg, dtype, devices=len(devices), fsdp=fsdp, tensor=tensor, **shape | {"batch": 1, "slots": 2})
+        if max(smallest.values()) * (len(devices) if cpu else 1) <= there:
+            ways.insert(0, f"lower {'--config.generate.slots' if needed['sampling'] > needed['training'] else '--config.sft.batch'}")
+        raise UserError(f"{said}: that cannot suffice. {', or '.join(ways).capitalize()}.")
     return said + (f"; but only {free / GIB:.1f} GiB are free now: close other programs" if most > free else "")
 
 

@@ -18,7 +18,8 @@ from isara_jax.data import filters, prompts, seeds
 from isara_jax.data.batching import Example
 from isara_jax.data.pool import Pool, Record, pair_id
 from isara_jax.data.prompts import Template
-from isara_jax.evalset import EvalSet
+from isara_jax.evals import evaluate, forms
+from isara_jax.evalset import EvalSet, parts
 from isara_jax.ledger import Cost
 from isara_jax.lm import Blueprint
 from isara_jax.methods import isara
@@ -234,3 +235,7 @@ def _check_lengths(session: Session) -> None:
         if getattr(session.limits, name) >= context:
             raise UserError(f"config.generate.{name}.max_new_tokens is {getattr(session.limits, name)} (0 derives it from the longest "
                             f"seed), which leaves no room for a prompt in the {context} tokens this model takes. Set a smaller one.")
+    if chosen := session.eval_set:
+        items = [*chosen.rows, *chosen.validation]
+        evaluate.check_lengths(session.blueprint.tokenizer, context, items, forms.bare(session.template, session.room),
+                               parts(items, session.config.eval.answer_rows), session.eval_tokens)

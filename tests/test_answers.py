@@ -7,8 +7,8 @@ from isara_jax.data.items import Item
 from isara_jax.data.rouge import f_measure, tokens
 from isara_jax.evals.answers import judge_answer, rouge
 
-ITEM = Item(question="Why is the sky blue?", answer="Air scatters blue light.", right=("Air scatters blue light.", "Blue light is scattered."),
-            wrong=("The sky mirrors the sea.",))
+ITEM = Item(question="Why is the sky blue?", answer="Air scatters blue light.",
+            right=("Air scatters blue light.", "Blue light is scattered."), wrong=("The sky mirrors the sea.",))
 
 
 def test_an_answer_is_compared_with_the_reference_it_is_most_like():

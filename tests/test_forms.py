@@ -1,4 +1,5 @@
 """Every form's prompt as text, the published primer against lm-evaluation-harness, and which pairs stand in for it."""
+import string
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,8 @@ class Pair:
     answer: str
 
 
-POOL = [Pair("p1", "Do cats purr?", "Yes, cats purr."), Pair("p2", "Do dogs bark?", "Yes, dogs bark."), Pair("p3", "Is ice cold?", "Yes, it is.")]
+POOL = [Pair("p1", "Do cats purr?", "Yes, cats purr."), Pair("p2", "Do dogs bark?", "Yes, dogs bark."),
+        Pair("p3", "Is ice cold?", "Yes, it is.")]
 
 
 class Letters:
@@ -32,7 +34,7 @@ class Letters:
     embedder = SimpleNamespace(hash="letters")
 
     def vectors(self, texts):
-        made = np.array([[text.lower().count(c) for c in "abcdefghijklmnopqrstuvwxyz"] for text in texts], np.float32).reshape(len(texts), 26)
+        made = np.array([[text.lower().count(c) for c in string.ascii_lowercase] for text in texts], np.float32).reshape(len(texts), 26)
         return made / np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-6)
 
 
@@ -135,8 +137,8 @@ def test_no_pairs_to_show_and_an_unknown_strategy_are_refused():
 # ----------------------------------------------------------------------------------------------------------------------------- hashes
 def test_a_hash_names_what_changes_the_prompts():
     knn, random = icl(), icl("random")
-    others = [forms.bare(PLAIN, 100), forms.bare(Template("plain", answer_marker="B:"), 100), forms.primer(1000), forms.primer(900), knn, random,
-              icl(k=3), icl(room=900), icl(pool=POOL[:2]), icl("random", seed=1), forms.at_equal_tokens(knn, forms.primer(1000)),
+    others = [forms.bare(PLAIN, 100), forms.bare(Template("plain", answer_marker="B:"), 100), forms.primer(1000), forms.primer(900), knn,
+              random, icl(k=3), icl(room=900), icl(pool=POOL[:2]), icl("random", seed=1), forms.at_equal_tokens(knn, forms.primer(1000)),
               icl(template=Template("plain", order="nearest_first"))]
     assert len({form.hash for form in others}) == len(others)
     assert knn.hash == icl(pool=POOL[::-1]).hash == icl(seed=1).hash  # the nearest are not drawn
@@ -144,4 +146,5 @@ def test_a_hash_names_what_changes_the_prompts():
 
 
 def test_names_are_fit_for_files():
-    assert [icl().name, icl("random", k=3).name, forms.at_equal_tokens(icl(), forms.primer(9)).name] == ["knn-2", "random-3", "knn-for-primer"]
+    longer = forms.at_equal_tokens(icl(), forms.primer(9))
+    assert [icl().name, icl("random", k=3).name, longer.name] == ["knn-2", "random-3", "knn-for-primer"]

@@ -65,8 +65,10 @@ def tasks(tmp_path_factory):
     targets = {"choices": ["Yes.", "No.", "Perhaps."], "labels": [1, 0, 0]}
     file.write_text("".join(json.dumps({"question": q, "mc1_targets": targets, "mc2_targets": targets}) + "\n" for q in "ab"))
     text = (Path(lm_eval.__file__).parent / "tasks/truthfulqa/truthfulqa_mc1.yaml").read_text()
-    config = yaml.safe_load(text) | {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"validation": str(file)}}}
-    second = config | {"doc_to_choice": "{{mc2_targets.choices}}", "process_results": utils.process_results_mc2}  # as truthfulqa_mc2.yaml has it
+    local = {"dataset_path": "json", "dataset_name": None,
+             "dataset_kwargs": {"data_files": {"validation": str(file)}, "cache_dir": str(file.parent)}}
+    config = yaml.safe_load(text) | local
+    second = config | {"doc_to_choice": "{{mc2_targets.choices}}", "process_results": utils.process_results_mc2}  # as its YAML has it
     return {"mc1": ConfigurableTask(config=config), "mc2": ConfigurableTask(config=second)}
 
 

@@ -46,7 +46,7 @@ def _grams(words: Sequence[str], n: int) -> Iterator[Gram]:
 
 
 def _matches(texts: Sequence[Sequence[str]], n: int) -> list[tuple[int, int]]:
-    """For each text (n-grams that another text has too, all its n-grams); each n-gram counts as often as the other text with most has it."""
+    """For each text (its n-grams that another text has too, each at most as often as the other text with most of it; all its n-grams)."""
     counts = [collections.Counter(_grams(words, n)) for words in texts]
     most: dict[Gram, tuple[int, int, int]] = {}  # n-gram: the largest count, the text that has it, the largest count among the others
     for i, count in enumerate(counts):

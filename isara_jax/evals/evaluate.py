@@ -92,9 +92,9 @@ def check_lengths(tokenizer: Tokenizer | ByteTokenizer, context: int, items: Seq
         room = min(form.room, context - size)
         prompt = len(tokenizer.encode_segments(form.template.answer_segments((), item.question)))
         if prompt > room:
-            raise UserError(f"{item.file}, row {item.row}: the question has {prompt} tokens, and of a context of {context} tokens {room} are left "
-                            "for it beside what is scored or generated after it. Leave the row out, lower the number of new tokens, or take a "
-                            "model with a longer context.")
+            raise UserError(f"{item.file}, row {item.row}: the question has {prompt} tokens, and of a context of {context} tokens {room} "
+                            "are left for it beside what is scored or generated after it. Leave the row out, lower the number of new "
+                            "tokens, or take a model with a longer context.")
 
 
 def _others(items: Sequence[Item], parts: Sequence[str]) -> dict[int, Item | None]:
@@ -203,24 +203,27 @@ def probe(lm: Any, form: Form, items: Sequence[Item], vectors: Vectors, new_toke
         vectors: embeds answers and references.
 
     Returns:
-        rows of id, answer, finish, and of ROUGE-L F and of the cosine the largest over the right references (rougeL, cosine), over the wrong
-        ones (rougeL_wrong, cosine_wrong) and their differences (rougeL_diff, cosine_diff); the last four only where an item has wrong ones.
+        rows of id, answer, finish, and of ROUGE-L F and of the cosine the largest over the right references (rougeL, cosine), over the
+        wrong ones (rougeL_wrong, cosine_wrong) and their differences (rougeL_diff, cosine_diff); the last four where there are wrong ones.
     """
+    answers = _answers(lm, form, items, new_tokens, seed=0)
+    texts = [tidy(made.text) for made in answers]
+    known = list(dict.fromkeys([*texts, *(reference for item in items for reference in (*item.right, *item.wrong))]))
+    vector = dict(zip(known, vectors.vectors(known).astype(np.float64), strict=True))  # in one call: a store keeps a file for each
     rows = []
-    for item, made in zip(items, _answers(lm, form, items, new_tokens, seed=0), strict=True):
-        text = tidy(made.text)
-        row: dict[str, Any] = {"id": item.id, "answer": text, "finish": made.finish} | _likeness(text, item.right, vectors)
+    for item, made, text in zip(items, answers, texts, strict=True):
+        row: dict[str, Any] = {"id": item.id, "answer": text, "finish": made.finish} | _likeness(text, item.right, vector)
         if item.wrong:
-            wrong = _likeness(text, item.wrong, vectors)
+            wrong = _likeness(text, item.wrong, vector)
             row |= {f"{name}_wrong": value for name, value in wrong.items()}
             row |= {f"{name}_diff": round(row[name] - value, DIGITS) for name, value in wrong.items()}
         rows.append(row)
     return rows
 
 
-def _likeness(text: str, references: Sequence[str], vectors: Vectors) -> dict[str, float]:
-    own, *others = vectors.vectors([text, *references]).astype(np.float64)
-    return {"rougeL": rouge(text, references)["rougeL"], "cosine": round(max(float(own @ other) for other in others), DIGITS)}
+def _likeness(text: str, references: Sequence[str], vector: Mapping[str, np.ndarray]) -> dict[str, float]:
+    cosine = max(float(vector[text] @ vector[reference]) for reference in references)
+    return {"rougeL": rouge(text, references)["rougeL"], "cosine": round(cosine, DIGITS)}
 
 
 def probe_summary(rows: Rows) -> dict[str, float]:
@@ -264,7 +267,8 @@ def evaluate(lm: Any, rows: str | Path | Sequence[Any], *, form: str = "plain", 
     if not 0 < new_tokens < lm.context:
         raise UserError(f"evaluate got new_tokens={new_tokens}: an answer has at least one token and fewer than the context, {lm.context}.")
     items = _named(rows, split, path) if isinstance(rows, (str, Path)) else [_item(i, row) for i, row in enumerate(rows)]
-    made = measure(lm, items, _form(lm, form, lm.context - new_tokens), parts=parts, answer_rows=answer_rows, new_tokens=new_tokens, seed=seed)
+    asked = _form(lm, form, lm.context - new_tokens)
+    made = measure(lm, items, asked, parts=parts, answer_rows=answer_rows, new_tokens=new_tokens, seed=seed)
     return Evaluation(made, summarise(made))
 
 
@@ -284,11 +288,12 @@ def _item(number: int, row: Any) -> Item:
         return row
     values = {"question": row[0], "answer": row[1]} if isinstance(row, (tuple, list)) and len(row) == 2 else row
     if not isinstance(values, Mapping) or not isinstance(values.get("question"), str) or not values["question"].strip():
-        raise UserError(f"evaluate, row {number}: {type(row).__name__} is no row. Give (question, answer) or a dict with a question that is "
-                        "not empty.")
+        raise UserError(f"evaluate, row {number}: this {type(row).__name__} is no row. Give (question, answer) or a dict with a question "
+                        "that is not empty.")
     sides = {name: values.get(name, ()) for name in ("right", "wrong")}
     answer = values.get("answer") or next(iter(sides["right"]), "")
-    if not all(isinstance(text, str) for text in (answer, *sides["right"], *sides["wrong"])) or any(isinstance(s, str) for s in sides.values()):
+    texts = (answer, *sides["right"], *sides["wrong"])
+    if any(isinstance(side, str) for side in sides.values()) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"evaluate, row {number}: answer is a text, right and wrong are lists of texts.")
     right, wrong = tuple(dict.fromkeys((answer, *sides["right"]) if answer else ())), tuple(sides["wrong"])
     item = Item(question=values["question"], answer=answer, right=right, wrong=wrong, file="rows", row=number)

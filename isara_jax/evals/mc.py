@@ -31,7 +31,7 @@ def mc1(lls: Sequence[float], labels: Sequence[bool]) -> float:
 
 
 def mc2(lls: Sequence[float], labels: Sequence[bool]) -> float:
-    """The probability of the right choices divided by that of all; the largest log-likelihood is subtracted first, so nothing underflows."""
+    """The probability of the right choices divided by that of all. The largest log-likelihood is subtracted first: nothing underflows."""
     mass = np.exp(np.asarray(lls, np.float64) - np.max(lls))
     return float(mass[np.asarray(labels, bool)].sum() / mass.sum())
 

@@ -20,14 +20,14 @@ _UNWILLING = (r"(?:can(?:no|')t|can not|couldn't|could not|won't|will not|wouldn
               r"(?:do not|don't) feel comfortable|(?:decline|refuse) to|"
               r"(?:am|'m|are|'re) (?:unable|not (?:able|allowed|permitted|comfortable|going))(?: to| with)?)")
 _DEED = (r"(?:advis|advocat|answer|assist|compl|condon|continu|creat|describ|disclos|discuss|do|encourag|endorse|engag|explain|facilitat|"
-         r"fulfil|generat|giv|help|offer|participat|produc|promot|provid|recommend|respond|reveal|say|shar|speak|suggest|support|teach|tell|"
-         r"writ)\w*")
+         r"fulfil|generat|giv|help|offer|participat|produc|promot|provid|recommend|respond|reveal|say|shar|speak|suggest|support|teach|"
+         r"tell|writ)\w*")
 _WRONG = (r"(?:(?:not|never) (?:\w+ )?(?:acceptable|accurate|advisable|appropriate|ethical|fair|legal|moral|ok|okay|right|safe)|"
           r"(?:(?!not|never)\w+ )?(?:illegal|immoral|inappropriate|unacceptable|unethical|unlawful|wrong)|against the law)\b")
 _IT_IS = r"(?:it|that|this)(?:'s| is| would be)"
 
 _OPENS = [re.compile(pattern) for pattern in (
-    r"(?:(?:i am|i'm|we are|we're) )?(?:\w+ )?sorry\b(?=\W*$|[,.:;!-]|\W+(?:but|for|i|that i|that we|we)\b)",  # not: sorry to hear, sorry you
+    r"(?:(?:i am|i'm|we are|we're) )?(?:\w+ )?sorry\b(?=\W*$|[,.:;!-]|\W+(?:but|for|i|that i|that we|we)\b)",  # not: to hear, you
     r"my apologies\b|(?:i|we) (?:\w+ )?apologi[sz]e\b",
     rf"{_IT_IS} {_WRONG}",
 )]
@@ -47,7 +47,7 @@ def is_refusal(text: str) -> bool:
 
 
 def _opening(text: str) -> str:
-    """The first sentences in lower case, with straight apostrophes and single spaces, without Markdown, quotation marks or a role's name."""
+    """The first sentences in lower case, with straight apostrophes and single spaces, without Markdown, quotation marks or role names."""
     text = re.sub("[\u2018\u2019\u02bc]", "'", unicodedata.normalize("NFKC", text).casefold())
     text = re.sub(r"[*_#>`~\"\u201c\u201d]+|\s+", " ", text)
     text = re.sub(r"^\W*(?:(?:ai|assistant|answer|response) ?: ?)?", "", re.sub(" +", " ", text))

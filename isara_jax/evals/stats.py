@@ -180,7 +180,7 @@ def _flip_test(shares: np.ndarray, draws: int, seed: int) -> float:
 
 
 def _words(seed: int, purpose: int, draws: int, *, per_draw: int, width: int) -> Iterator[np.ndarray]:
-    """Random 64-bit words [some draws, per_draw], little-endian, in blocks of at most BLOCK / width draws, which do not change the words."""
+    """Random 64-bit words [some draws, per_draw], little-endian, in blocks of at most BLOCK / width draws; blocks do not change them."""
     source = np.random.Philox(key=np.array([seed, purpose], np.uint64))
     block = max(1, BLOCK // width)
     for start in range(0, draws, block):
