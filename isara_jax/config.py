@@ -265,6 +265,8 @@ class Config:
         _one_of("method", self.method, "isara")
         _one_of("keep", self.keep, "all", "best_last")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2**63 - 1")
+        _check("keep", self.keep, self.keep == "all" or not self.eval.benchmark or "isara_each" not in self.eval.chosen_arms,
+               "all where every iteration is evaluated (the arm isara_each)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -59,12 +59,13 @@ def judge(session: Session, setting: Setting, work: Work, history: Sequence[dict
             "seed": session.config.seed, "arms": arms, "verdict": said.to_dict(), "sentences": verdict.sentences(said),
             "yield": round(sum(h["kept"] for h in history) / sum(h["requests"] for h in history), 6),
             "scaling_ratio": round(sum(h["kept"] for h in history) / len(session.seed_set.pairs), 6)}
-    folder = session.workdir.evaluation / chosen.split
-    atomic_write(folder / "results.json", json.dumps(made, indent=1) + "\n")
-    atomic_write(folder / "table.md", markdown(made))
-    for arm in arms:
-        metrics.write("evaluation", iteration=made["iteration"], stage=f"{arm['arm']}.{arm['form']}", split=chosen.split,
-                      **{q["name"]: q["value"] for q in arm["quantities"]})
+    folder, text = session.workdir.evaluation / chosen.split, json.dumps(made, indent=1) + "\n"
+    if not (folder / "results.json").exists() or (folder / "results.json").read_text(encoding="utf-8") != text:
+        atomic_write(folder / "table.md", markdown(made))
+        atomic_write(folder / "results.json", text)
+        for arm in arms:  # once, however often the run is started again
+            metrics.write("evaluation", iteration=made["iteration"], stage=f"{arm['arm']}.{arm['form']}", split=chosen.split,
+                          **{q["name"]: q["value"] for q in arm["quantities"]})
     show(session.console, made)
     session.console.note(f"the whole table: {folder / 'table.md'}; every row of every arm beside it")
     return made
@@ -101,8 +102,9 @@ def markdown(made: dict[str, Any]) -> str:
     lines = [f"### {title(made)}", "", "| arm (form) | " + " | ".join(_label(n, made) for n in names) + " |", "|---" * (len(names) + 1) + "|"]
     for arm in made["arms"]:
         lines.append(f"| {arm['arm']} ({arm['form']}) | " + " | ".join(_cell(arm, n, interval=True) for n in names) + " |")
-    return "\n".join([*lines, "", *(f"- {line}" for line in (*made["sentences"], *caveats(made))), f"- {made['benchmark']}: {made['note']}",
-                      ""])
+    return "\n".join([*lines, "", *(f"- {line}" for line in (*made["sentences"], *caveats(made))),
+                      *([f"- acceptance yield {made['yield']:.0%}; data scaling ratio {made['scaling_ratio']:.1f} new pairs per seed"]
+                        if "yield" in made else []), f"- {made['benchmark']}: {made['note']}", ""])
 
 
 def _label(name: str, made: dict[str, Any]) -> str:

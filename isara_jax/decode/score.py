@@ -33,7 +33,7 @@ from isara_jax.sharding import put_rows, row_devices
 NARROWEST = 128           # tokens of the narrowest row; wider ones double. Few widths are few programs
 TOKENS = {"cpu": 1024}    # tokens a device runs at a time; full speed from 512 on, and scores of 2,048 no longer fit the cache of a CPU
 ON_ACCELERATORS = 8192
-PREFIX_BLOCK = 64         # prefixes are padded to a multiple of this
+PREFIX_BLOCK = 64         # prefixes are padded to a multiple of this, long ones to one of QUERIES
 SHORTEST_PREFIX = 32      # a shorter one is no less work to attend to than to compute
 QUERIES = 512             # queries whose scores exist at one time; bounds the memory of long rows
 VOCABULARY = 1024         # vocabulary entries whose logits exist at one time
@@ -241,7 +241,8 @@ def _prefix(params: decoder.Params, cfg: ModelConfig, dtype: str, mesh: Mesh, to
     """Keys and values [S, K, H] of the prefix, a pair for each layer, padded to whole blocks; nothing where there is none."""
     if not tokens:
         return ()
-    padded = np.zeros((1, -(-len(tokens) // PREFIX_BLOCK) * PREFIX_BLOCK), np.int32)
+    block = PREFIX_BLOCK if len(tokens) <= QUERIES else QUERIES
+    padded = np.zeros((1, -(-len(tokens) // block) * block), np.int32)
     padded[0, :len(tokens)] = tokens
     return _prefix_program(params, cfg, dtype, jax.device_put(padded, NamedSharding(mesh, P())))
 
@@ -288,7 +289,7 @@ def _attention(dtype: str, ends_BT: jax.Array, prefix: tuple[Any, ...], prefix_l
 
         if T <= QUERIES:
             return some(0, q_BTNH), state
-        tiles = jnp.moveaxis(q_BTNH.reshape(B, -1, QUERIES, N, H), 1, 0) if T % QUERIES == 0 else q_BTNH[None]
+        tiles = jnp.moveaxis(q_BTNH.reshape(B, -1, QUERIES, N, H), 1, 0)
         out = jax.lax.map(lambda x: some(*x), (jnp.arange(len(tiles)) * QUERIES, tiles))
         return jnp.moveaxis(out, 0, 1).reshape(B, T, N, H), state
 
