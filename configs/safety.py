@@ -19,10 +19,11 @@ def get_config(variants: str = ""):
     config.sensitive = True
     config.data.seeds = config.eval.benchmark = "beavertails"
     config.data.limit = 64
-    config.prompt.budget = 512
+    config.prompt.budget = 384
     config.generate.requests = 96
     config.generate.question.max_new_tokens = 48
     config.generate.answer.max_new_tokens = 96
+    config.sft.epochs = 2
     config.sft.lr = 1e-4  # 2e-5, the rate of 7B models, hardly moves 135M parameters in so few steps
     config.eval.primary = "nll"
     for variant in filter(None, variants.split(",")):

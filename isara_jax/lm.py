@@ -21,13 +21,13 @@ from isara_jax.data import tokenizer as tokenizer_lib
 from isara_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from isara_jax.decode.engine import EngineConfig, prepare
 from isara_jax.decode.generate import Request, generate
+from isara_jax.decode.score import score
 from isara_jax.models import assets, decoder, gguf, hf, published, resolve
 from isara_jax.models.config import ModelConfig
 from isara_jax.models.layers import causal_attention
 from isara_jax.sharding import make_mesh, param_shardings, put_rows, row_devices
 
 WIDTHS = 64   # rows of tokens are padded to a multiple of this, so that few programs are compiled
-CHUNK = 64    # positions whose logits over the vocabulary exist at one time while scoring
 STAND_IN = "smollm2-135m-instruct"  # whose tokenizer counts for a published model that is not on this machine
 
 
@@ -82,6 +82,13 @@ class LM:
         """The same model with other weights."""
         return dataclasses.replace(self, params=params)
 
+    def prepared(self) -> LM:
+        """The same model with its weights as sampling and scoring use them, so that many calls cast them once instead of once a call.
+
+        Where that makes a copy (bfloat16), it lives as long as what is returned, and is not for training or saving.
+        """
+        return self.with_params(self._compute_params())
+
     def with_engine(self, **changes: Any) -> LM:
         """The same model sampled with another engine shape (slots, chunk, key_block)."""
         return dataclasses.replace(self, engine=dataclasses.replace(self.engine, **changes))
@@ -107,23 +114,14 @@ class LM:
     def score(self, prompts: Sequence[str | Sequence[int]], continuations: Sequence[str | Sequence[int]]) -> list[float]:
         """Summed log-likelihood (natural log) of each continuation after its prompt.
 
-        Strings are split into tokens as lm-evaluation-harness does (`Tokenizer.encode_pair`); token ids are taken as they are.
+        Strings are split into tokens as lm-evaluation-harness does (`Tokenizer.encode_pair`); token ids are taken as they are. What pairs
+        have in common is computed once, so give all pairs in one call.
         """
         if len(prompts) != len(continuations):
             raise UserError(f"score got {len(prompts)} prompts and {len(continuations)} continuations; give one for one.")
         pairs = [self._split(i, p, c) for i, (p, c) in enumerate(zip(prompts, continuations))]
-        rows = [p + c for p, c in pairs]
-        self._check_rows(rows)
-        params, out = self._compute_params(), [0.0] * len(rows)
-        size = 8 * row_devices(self.mesh)
-        for batch in _batches([len(r) for r in rows], size):
-            starts = np.array([len(pairs[i][0]) for i in batch] + [1] * (size - len(batch)), np.int32)
-            ends = np.array([len(rows[i]) for i in batch] + [1] * (size - len(batch)), np.int32)
-            tokens = _pad([rows[i] for i in batch], size)
-            made = np.asarray(_scores(params, self.cfg, self.dtype, *put_rows(self.mesh, (tokens, starts, ends))))
-            for i, value in zip(batch, made):
-                out[i] = float(value)
-        return out
+        self._check_rows([p + c for p, c in pairs])
+        return score(self._compute_params(), self.cfg, self.dtype, self.mesh, pairs)
 
     def generate(self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
                  n: int = 1, seed: int | None = None, stop: Sequence[str] = (), ignore_eos: bool = False) -> list[list[Sample]]:
@@ -282,30 +280,8 @@ def _pad(rows: list[list[int]], size: int) -> np.ndarray:
     return tokens
 
 
-def _hidden(params, cfg, dtype, tokens_BT):
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    return decoder.forward(params, cfg, tokens_BT, positions_BT, causal_attention(jnp.dtype(dtype)))[0]
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _full_logits(params, cfg, dtype, tokens_BT):
-    return decoder.lm_head(params, cfg, _hidden(params, cfg, dtype, tokens_BT))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _scores(params, cfg, dtype, tokens_BT, starts_B, ends_B):
-    """Sum over t in [start, end) of log p(token t | tokens before t), a chunk of positions at a time: [B] float32."""
-    hidden_BTD = _hidden(params, cfg, dtype, tokens_BT)
-    B, T, D = hidden_BTD.shape
-    targets_BT = jnp.roll(tokens_BT, -1, axis=1)  # position t predicts token t + 1
-    at_T = jnp.arange(1, T + 1)
-    wanted_BT = (at_T >= starts_B[:, None]) & (at_T < ends_B[:, None])
-    chunks = lambda x: jnp.moveaxis(x.reshape(B, T // CHUNK, CHUNK, *x.shape[2:]), 1, 0)
-
-    def one(total_B, chunk):
-        hidden, targets, wanted = chunk
-        logits = decoder.lm_head(params, cfg, hidden)
-        log_p = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
-        return total_B + jnp.sum(jnp.where(wanted, log_p, 0.0), axis=1), None
-
-    return jax.lax.scan(one, jnp.zeros(B), (chunks(hidden_BTD), chunks(targets_BT), chunks(wanted_BT)))[0]
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    hidden_BTD, _ = decoder.forward(params, cfg, tokens_BT, positions_BT, causal_attention(jnp.dtype(dtype)))
+    return decoder.lm_head(params, cfg, hidden_BTD)

@@ -204,7 +204,8 @@ def _evaluation(session: Session, prompt: float, answer: float) -> tuple[int, in
     models = len(names) + ("isara_each" in names) * (session.config.stop.iterations - 2)
     with_exemplars = sum("icl" in name for name in names)
     turns = -(-min(settings.answer_rows, rows) // session.config.generate.slots)
-    scored = models * (2 * (question + choices) + reference) + with_exemplars * (2 if choices else 1) * prompt
+    asked = 2 if choices else 1
+    scored = models * (asked * (question + choices) + reference) + with_exemplars * asked * prompt
     drawn = turns * session.config.generate.slots * answer + min(settings.answer_rows, rows) * question
     return int(rows * scored + models * drawn), sum(name in ("sft_steps", "shuffled", "off_domain") for name in names)
 

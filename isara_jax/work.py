@@ -149,7 +149,7 @@ class Work:
                 cost.set(prefilled=prefilled, generated=generated)
                 progress.update(done, tokens=prefilled + generated)
 
-            return evaluate.measure(lm, items, form, parts=parts, answer_rows=answer_rows, new_tokens=new_tokens,
+            return evaluate.measure(lm.prepared(), items, form, parts=parts, answer_rows=answer_rows, new_tokens=new_tokens,
                                     seed=self.session.config.seed, on_progress=on_progress)
 
     def probe(self, setting: Setting, t: int) -> dict[str, float] | None:

@@ -1,4 +1,8 @@
 """Scoring by trees equals scoring each pair alone; what is shared is computed once."""
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,7 @@ from hypothesis import strategies as st
 from isara_jax.decode import score as score_lib
 from isara_jax.decode.engine import prepare
 from isara_jax.decode.score import plan, score
+from isara_jax.lm import load
 from isara_jax.models import decoder
 from isara_jax.models.config import ModelConfig
 from isara_jax.models.layers import causal_attention
@@ -148,11 +153,55 @@ def test_nothing_to_score():
     assert scored([]) == []
 
 
-@pytest.mark.parametrize("shape", [dict(data=2, fsdp=2, tensor=1), dict(data=4, fsdp=1, tensor=2)], ids=["rows", "tensor"])
-def test_devices_share_out_the_rows(shape):
-    needed = int(np.prod(list(shape.values())))
-    if jax.device_count() < needed:
-        pytest.skip(f"needs {needed} devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
-    rng = np.random.default_rng(2)
-    pairs = [(rng.integers(0, 264, n).tolist(), rng.integers(0, 264, 5).tolist()) for n in rng.integers(1, 100, 30)]
-    np.testing.assert_allclose(scored(pairs, mesh=make_mesh(**shape, devices=jax.devices()[:needed])), scored(pairs), rtol=0, atol=1e-4)
+# -------------------------------------------------------------------------------------------------------------------- devices, LM
+DEVICES = """
+import jax, numpy as np
+from isara_jax.decode.engine import prepare
+from isara_jax.decode.score import score
+from isara_jax.models import decoder
+from isara_jax.models.resolve import TINY_CONFIG as cfg
+from isara_jax.sharding import make_mesh
+params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, decoder.init_params(cfg, seed=0))
+rng = np.random.default_rng(2)
+draw = lambda n: rng.integers(0, cfg.vocab_size, n).tolist()
+common = draw(40)
+pairs = [(common + draw(n), draw(5)) for n in rng.integers(1, 100, 120)] + [(common + draw(600), [1, 2])]
+made = []
+for shape in (dict(data=1), dict(data=4, fsdp=2), dict(data=4, tensor=2)):
+    mesh = make_mesh(**shape, devices=jax.devices()[:np.prod(list(shape.values()))])
+    made.append(score(prepare(params, "float32", mesh), cfg, "float32", mesh, pairs))
+for other in made[1:]:
+    np.testing.assert_allclose(other, made[0], rtol=0, atol=1e-4)
+"""
+
+
+def test_eight_devices_score_as_one():
+    """Rows over 8 devices, and over 4 with a tensor axis of 2; the last batches have fewer rows than devices."""
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", DEVICES], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_prepared_weights_are_cast_once_and_score_the_same():
+    lm = load("tiny-random", dtype="bfloat16")
+    ready = lm.prepared()
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(ready.params))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b or a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer(),
+                                     ready.prepared().params, ready.params))
+    assert ready.score(["Q: a"], [" b"]) == lm.score(["Q: a"], [" b"])
+
+
+def test_the_real_model_scores_what_its_logits_say(smollm2_gguf):
+    """Eight questions behind a shared opening of over 100 tokens, against the full forward of each pair alone (which equals torch's)."""
+    lm = load(str(smollm2_gguf), dtype="float32")
+    opening = "".join(f"Q: What is {n} plus {n}?\nA: {n} plus {n} is {2 * n}.\n\n" for n in range(10))
+    pairs = [lm.tokenizer.encode_pair(f"{opening}Q: {question}?\nA:", answer) for question in (
+        "Why do cats purr", "Why do cats sleep", "Who wrote Hamlet", "Where is Rome", "Is water wet", "What is tea", "How do birds fly",
+        "What is seven times six") for answer in (" Nobody knows.", " Nobody knows for sure.", " No")]
+    assert len(plan(pairs, 1024).prefix) > 100
+    values = lm.score(*zip(*pairs))
+    for i in range(0, len(pairs), 5):
+        prompt, continuation = pairs[i]
+        log_p = np.asarray(jax.nn.log_softmax(lm.logits([prompt + continuation])[0]))
+        expected = sum(log_p[len(prompt) - 1 + j, t] for j, t in enumerate(continuation))
+        assert values[i] == pytest.approx(expected, abs=1e-3)
