@@ -48,14 +48,14 @@ def median_pass(work, passes: int) -> dict:
 def ours(lm, requests: list[tuple[str, str]]) -> dict:
     """Our figures, and the floor: the seconds that the products which cannot be saved take at the speed of large ones, here and now."""
     from isara_jax import preflight
-    from isara_jax.decode.score import plan
+    from isara_jax.decode.score import TOKENS, plan
 
     prompts, continuations = zip(*requests)
     first = timed(lambda: lm.score(prompts, continuations))[0]
     speed = preflight.measure_speed("float32")
     made = median_pass(lambda: lm.score(prompts, continuations), PASSES["ours"])
     speed = max(speed, preflight.measure_speed("float32"))  # the faster one: the floor is not to look high because of other work
-    planned, cfg = plan([lm.tokenizer.encode_pair(*r) for r in requests], 1024), lm.cfg
+    planned, cfg = plan([lm.tokenizer.encode_pair(*r) for r in requests], TOKENS["cpu"]), lm.cfg
     body = cfg.n_layers * cfg.d_model * (2 * cfg.n_heads * cfg.head_dim + 2 * cfg.n_kv_heads * cfg.head_dim + 3 * cfg.d_ff)
     seen = sum(range(1, len(planned.prefix) + 1)) + sum(int(tree.positions.sum()) + len(tree.positions) for tree in planned.trees)
     flops = 2 * body * planned.tokens + 2 * cfg.d_model * cfg.vocab_size * planned.heads + 4 * cfg.n_layers * cfg.n_heads * cfg.head_dim * seen
@@ -144,26 +144,25 @@ def main(data: Path, count: int) -> None:
         subprocess.run([sys.executable, __file__, f"--peer={folder}"], check=True, stdout=sys.stderr, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         theirs = json.loads((folder / "results.json").read_text())
     flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in preflight.cpu_flags()]
-    say = print
-    say(f"\n## scoring.py --rows={len(rows)}\n")
-    say(f"`python benchmarks/scoring.py --data=$ISARA_TEST_DATA --rows={len(rows)}`: {MODEL}, float32, {len(rows)} rows of TruthfulQA, "
+    print(f"\n## scoring.py --rows={len(rows)}\n")
+    print(f"`python benchmarks/scoring.py --data=$ISARA_TEST_DATA --rows={len(rows)}`: {MODEL}, float32, {len(rows)} rows of TruthfulQA, "
         f"{len(forms['plain'])} requests a form. {os.cpu_count()} cores, {' '.join(flags) or 'no avx2'}; load average at the end "
         f"{os.getloadavg()[0]:.1f}; jax {jax.__version__}, torch {theirs['torch']} with {theirs['threads']} threads, lm_eval 0.4.13. Passes: "
         f"{PASSES['ours']} (median) of ours, {PASSES['peer']} of theirs.\n")
-    say("| form | ours items/s | lm_eval items/s | ratio | ratio of CPU time | largest difference | floor s | share of floor | first call s |")
-    say("|---|---|---|---|---|---|---|---|---|")
+    print("| form | ours items/s | lm_eval items/s | ratio | ratio of CPU time | largest difference | floor s | share of floor | first call s |")
+    print("|---|---|---|---|---|---|---|---|---|")
     worst = 0.0
     for form, a in mine.items():
         b = theirs["forms"][form]
         difference = max(abs(x - y) for x, y in zip(a["values"], b["values"], strict=True))
         worst = max(worst, difference)
-        say(f"| {form} | {len(rows) / a['seconds']:.2f} | {len(rows) / b['seconds']:.3f} | {b['seconds'] / a['seconds']:.1f} | "
+        print(f"| {form} | {len(rows) / a['seconds']:.2f} | {len(rows) / b['seconds']:.3f} | {b['seconds'] / a['seconds']:.1f} | "
             f"{b['cpu'] / a['cpu']:.1f} | {difference:.1e} | {a['floor']:.2f} | {a['floor'] / a['seconds']:.0%} | {a['first']:.1f} |")
-    say("")
+    print("")
     for form, a in mine.items():
         b = theirs["forms"][form]
         tried = ", ".join(f"{size}: {seconds:.1f} s" for size, seconds in b["trials"].items())
-        say(f"* {form}: ours {a['seconds']:.2f} s ({a['cpu']:.2f} CPU s; {a['tokens']} tokens through the layers, {a['heads']} through the head, prefix "
+        print(f"* {form}: ours {a['seconds']:.2f} s ({a['cpu']:.2f} CPU s; {a['tokens']} tokens through the layers, {a['heads']} through the head, prefix "
             f"{a['prefix']}; large products {a['speed']:.0f} GF/s); lm_eval {b['seconds']:.1f} s ({b['cpu']:.1f} CPU s), batch {b['batch']} "
             f"(tried {tried}).")
     if worst > TOLERANCE:

@@ -93,12 +93,18 @@ class Arms:
         return made[arm]()
 
     def _in_forms(self, arm: str, weights: Weights, form: Form) -> Iterator[Result]:
-        """The arm in its own form and, where all are asked for, in the published primer's (for ICL-kNN, with exemplars in its place)."""
-        yield Result(arm, form.name, self._rows(arm, weights, form, self._set.rows, self._set.split), judged=True)
-        if self._settings.forms == "all" and "mc" in self._parts and form.name != "primer":
-            longer = self._icl("knn", instead_of_primer=True) if arm.endswith("icl_knn") else self._icl(
-                "random", instead_of_primer=True) if arm == "icl_random" else primer(self.session)
-            yield Result(arm, longer.name, self._rows(arm, weights, longer, self._set.rows, self._set.split), judged=False)
+        """The arm in the form that verdicts look at, and beside it in others.
+
+        The starting model is also shown in the run's own form where another is better for it; and where all forms are asked for every arm
+        in the published primer's, in which in-context arms have exemplars of as many tokens in the primer's place.
+        """
+        beside = [own(self.session)] if arm == "base" else []
+        if self._settings.forms == "all" and "mc" in self._parts:
+            strategy = {"icl_random": "random", "icl_knn": "knn", "isara_icl_knn": "knn"}.get(arm)
+            beside.append(self._icl(strategy, instead_of_primer=True) if strategy else primer(self.session))
+        shown = [form, *(other for other in beside if other.name != form.name)]
+        for i, one in enumerate(shown):
+            yield Result(arm, one.name, self._rows(arm, weights, one, self._set.rows, self._set.split), judged=i == 0)
 
     def _rows(self, arm: str, weights: Weights, form: Form, items: Sequence[Item], split: str) -> Rows:
         """The evaluation rows of weights in a form, from where they were kept or measured now."""

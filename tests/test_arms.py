@@ -65,7 +65,7 @@ def test_every_arm_is_in_the_table_in_its_forms(whole):
     assert [arm for arm, judged in found if judged] == ["base", "icl_random", "icl_knn", "sft_epochs", "sft_steps", "isara", "isara_1", "isara_icl_knn",
                                                        "shuffled", "off_domain"]
     forms = {(a["arm"], a["form"]) for a in results(whole)["arms"]}
-    assert {("isara", "plain"), ("isara", "primer"), ("icl_knn", "knn-2"), ("icl_knn", "knn-for-primer"), ("shuffled", "primer")} <= forms
+    assert {("base", "plain"), ("base", "primer"), ("isara", "plain"), ("isara", "primer"), ("icl_knn", "knn-2"), ("icl_knn", "knn-for-primer"), ("shuffled", "primer")} <= forms
 
 
 def test_all_arms_are_measured_on_the_same_rows_and_every_row_is_kept(whole):
@@ -111,13 +111,14 @@ def measured(monkeypatch):
 def test_a_second_start_measures_nothing_and_another_run_only_what_its_knob_changes(tmp_path, file, measured):
     arms = "--config.eval.arms=base,sft_epochs,isara,shuffled"
     train.main(command(tmp_path / "a", file, arms))
-    assert len(measured["measure"]) == 6 and sorted(measured["fit"]) == ["1", "2", "sft_epochs", "shuffled"]  # base in two forms on validation rows
+    assert sorted(measured["fit"]) == ["1", "2", "sft_epochs", "shuffled"]
+    assert sorted(measured["measure"]) == ["plain"] * 5 + ["primer"] * 2  # base in both forms on validation rows and then on dev rows
     before = (tmp_path / "a" / "evaluation" / "dev" / "results.json").read_bytes()
     train.main(command(tmp_path / "a", file, arms))
-    assert len(measured["measure"]) == 6 and len(measured["fit"]) == 4
+    assert len(measured["measure"]) == 7 and len(measured["fit"]) == 4
     assert (tmp_path / "a" / "evaluation" / "dev" / "results.json").read_bytes() == before
     train.main(command(tmp_path / "b", file, arms, "--config.generate.question.temperature=0.5"))
-    assert len(measured["measure"]) == 8 and sorted(measured["fit"][4:]) == ["1", "2", "shuffled"]  # base and the seeds' model are known
+    assert len(measured["measure"]) == 9 and sorted(measured["fit"][4:]) == ["1", "2", "shuffled"]  # base and the seeds' model are known
 
 
 def test_a_longer_run_measures_the_new_last_iteration_alone(tmp_path, file, measured):

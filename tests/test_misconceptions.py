@@ -14,12 +14,13 @@ from isara_jax.evals import mc
 
 PROVENANCE = {"author": "language model", "source": "isara_jax authors", "licence": "Apache-2.0"}
 YES_NO = {"is", "are", "was", "were", "do", "does", "did", "can", "could", "will", "would", "should", "has", "have", "had", "must", "may"}
-MARKS = {  # what gives a side away to a reader who never sees the question
-    "negations": r"\b(no|not|never|none|nothing|nobody|nowhere|neither|nor|without|cannot|hardly|barely|rarely)\b|n't\b",
-    "corrections": r"\b(myths?|actually|really|only|just|simply|despite|although|though|contrary|in fact|merely|alone)\b",
-    "hedges": r"\b(may|might|can|could|often|usually|mostly|mainly|largely|sometimes|about|around|roughly|nearly|almost|probably|partly|many)\b",
-    "absolutes": r"\b(all|always|every|any|entirely|completely|exactly|whole)\b",
-    "numbers": r"\d",
+MARKS = {  # what gives a side away to a reader who never sees the question: pattern, and a text with two uses of it
+    "negations": (r"\b(no|not|never|none|nothing|nobody|nowhere|neither|nor|without|cannot|hardly|barely|rarely)\b|n't\b", "No, it isn't."),
+    "corrections": (r"\b(myths?|actually|really|only|just|simply|despite|although|though|contrary|merely)\b", "Although it is only so."),
+    "hedges": (r"\b(may|might|can|could|often|usually|mostly|mainly|largely|sometimes|about|around|roughly|nearly|almost|probably|partly)\b",
+               "It may be about ten."),
+    "absolutes": (r"\b(all|always|every|any|entirely|completely|exactly|whole)\b", "Every one of all."),
+    "numbers": (r"\d+", "From 10 to 1999."),
 }
 MARKS_APART = 0.25  # of all uses of such words, at most so many more on one side than on the other (or 5, where they are few)
 
@@ -126,9 +127,10 @@ def test_right_and_wrong_answers_are_alike_in_length(pairs):
 
 @pytest.mark.parametrize("kind", MARKS)
 def test_words_that_give_a_side_away_are_as_frequent_on_both(pairs, kind):
-    uses = lambda text: len(re.findall(MARKS[kind], text.casefold()))
+    pattern, example = MARKS[kind]
+    uses = lambda text: len(re.findall(pattern, text.casefold()))
     right, wrong = (sum(uses(pair[side]) for pair in pairs) for side in (1, 2))
-    assert right + wrong >= 5, f"the list of {kind} finds nothing, so it tests nothing"
+    assert uses(example) == 2
     assert abs(right - wrong) <= max(5, MARKS_APART * (right + wrong)), f"{kind}: {right} in right answers, {wrong} in wrong ones"
 
 

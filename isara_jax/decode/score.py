@@ -203,7 +203,8 @@ def _pack(lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
     return rows
 
 
-def _collate(trees: Sequence[Tree], rows: list[list[int]], width: int, devices: int) -> tuple[tuple[np.ndarray, ...], list[tuple[int, int, int]]]:
+def _collate(trees: Sequence[Tree], rows: list[list[int]], width: int,
+             devices: int) -> tuple[tuple[np.ndarray, ...], list[tuple[int, int, int]]]:
     """The arrays of a batch, and for each of its trees (tree, device, first of its predictions on that device).
 
     Arrays, all int32: tokens, positions and ends [B, T]; heads [devices, M], places among a device's tokens that predict; sources
