@@ -17,7 +17,7 @@ YES_NO = {"is", "are", "was", "were", "do", "does", "did", "can", "could", "will
 MARKS = {  # what gives a side away to a reader who never sees the question: pattern, and a text with two uses of it
     "negations": (r"\b(no|not|never|none|nothing|nobody|nowhere|neither|nor|without|cannot|hardly|barely|rarely)\b|n't\b", "No, it isn't."),
     "corrections": (r"\b(myths?|actually|really|only|just|simply|despite|although|though|contrary|merely)\b", "Although it is only so."),
-    "hedges": (r"\b(may|might|can|could|often|usually|mostly|mainly|largely|sometimes|about|around|roughly|nearly|almost|probably|partly)\b",
+    "hedges": (r"\b(may|might|can|could|often|usually|mostly|mainly|largely|sometimes|about|around|roughly|nearly|almost|probably)\b",
                "It may be about ten."),
     "absolutes": (r"\b(all|always|every|any|entirely|completely|exactly|whole)\b", "Every one of all."),
     "numbers": (r"\d+", "From 10 to 1999."),
@@ -87,7 +87,8 @@ def test_there_are_150_rows_of_one_shape(rows):
     for row in rows:
         assert list(row) == ["question", "best", "right", "wrong", *PROVENANCE], row
         assert {key: row[key] for key in PROVENANCE} == PROVENANCE, row
-        assert row["best"] == row["right"][0] and len(row["right"]) == len(row["wrong"]) == len({*row["right"], *row["wrong"]}) / 2 == 3, row
+        assert row["best"] == row["right"][0], row
+        assert len(row["right"]) == len(row["wrong"]) == 3 and len({*row["right"], *row["wrong"]}) == 6, row
 
 
 def test_questions_and_answers_are_single_sentences(rows):
@@ -140,7 +141,8 @@ def test_a_model_that_never_sees_the_question_scores_near_chance(items, smollm2_
     import isara_jax
 
     lm = isara_jax.load("smollm2-135m-instruct", dtype="float32")
-    wanted = [(items[other].question, text) for item, other in zip(items, mc.partners(items)) for text in (*item.mc2.texts, *item.mc1.texts)]
+    others = [items[other].question for other in mc.partners(items)]
+    wanted = [(other, text) for item, other in zip(items, others) for text in (*item.mc2.texts, *item.mc1.texts)]
     lls = lm.score([f"Q: {question}\nA:" for question, _ in wanted], [f" {text}" for _, text in wanted])
     lls = np.array(lls).reshape(len(items), 10)
     mc2 = np.mean([mc.mc2(row[:6], item.mc2.labels) for row, item in zip(lls, items)])

@@ -96,7 +96,7 @@ text = st.lists(token, min_size=1, max_size=12)
 @st.composite
 def forests(draw):
     """Pairs of a few prompts, with or without a long common beginning; duplicates and beginnings of one another are likely."""
-    common = draw(st.lists(token, max_size=80))
+    common = draw(st.lists(token, max_size=3) | st.lists(token, min_size=40, max_size=80))
     prompts = [common + p for p in draw(st.lists(text, min_size=1, max_size=4))]
     pairs = draw(st.lists(st.tuples(st.sampled_from(prompts), text), min_size=1, max_size=12))
     extra = [(p, c[:n]) for p, c in pairs[:4] for n in (1, len(c) // 2) if n] + pairs[:2]
