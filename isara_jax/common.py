@@ -10,8 +10,13 @@ import json
 import os
 import platform
 import tempfile
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any, Iterable, Iterator
+
+PROBE_SECONDS = 3.0  # that a server has to answer
 
 
 class UserError(Exception):
@@ -80,6 +85,27 @@ def release_memory() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+# -------------------------------------------------------------------------------------------------------------------- network
+def reachable(endpoint: str) -> bool:
+    """Whether anything answers there within `PROBE_SECONDS`; the hub's own client would try for most of a minute. Proxies are honoured."""
+    answers: list[bool] = []
+
+    def probe() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
+            answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)  # an answer, whatever it says
+        except (OSError, ValueError) as e:
+            answers.append("CERTIFICATE" in str(e))  # somebody is there; the hub's client may know the authority
+
+    thread = threading.Thread(target=probe, daemon=True)  # looking up a name has no time limit of its own
+    thread.start()
+    thread.join(PROBE_SECONDS + 1)
+    return bool(answers and answers[0])
+
 
 
 # --------------------------------------------------------------------------------------------------------------------- hashes

@@ -125,7 +125,7 @@ def test_without_a_network_the_message_names_the_flag_and_the_download(tmp_path,
     constants = pytest.importorskip("huggingface_hub.constants")
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(hub, "_reachable", lambda endpoint: False)
+    monkeypatch.setattr(hub.common, "reachable", lambda endpoint: False)
     for name in sources.SOURCES:
         with pytest.raises(UserError, match="does not answer.* Download .* into a folder and start again with --config.data.path=FOLDER"):
             open_benchmark(name)
@@ -136,10 +136,10 @@ def test_offline_the_hub_is_not_asked(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub, "_reachable", lambda endpoint: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(hub.common, "reachable", lambda endpoint: pytest.fail("the hub was asked"))
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, so the hub was not asked"):
         open_benchmark("truthfulqa")
 
 
 def test_a_port_where_nobody_listens_is_not_reachable():
-    assert not hub._reachable("http://127.0.0.1:9")
+    assert not hub.common.reachable("http://127.0.0.1:9")

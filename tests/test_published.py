@@ -42,7 +42,7 @@ def hub(tmp_path, monkeypatch):
     Hub.asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(resolve, "_reachable", lambda endpoint: True)
+    monkeypatch.setattr(resolve.common, "reachable", lambda endpoint: True)
     monkeypatch.chdir(tmp_path)
     return Hub
 

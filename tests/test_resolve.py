@@ -45,7 +45,7 @@ def hub(tmp_path, monkeypatch):
     original = huggingface_hub.snapshot_download
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(resolve, "_reachable", lambda endpoint: True)
+    monkeypatch.setattr(resolve.common, "reachable", lambda endpoint: True)
     Hub.cache = tmp_path / "hub"
     return Hub
 
@@ -115,22 +115,22 @@ def test_what_the_hub_refuses_is_explained(hub, error, message):
 ])
 def test_nothing_is_downloaded_without_leave_or_a_network(hub, monkeypatch, offline, reachable, fetch, message):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(resolve, "_reachable", lambda endpoint: reachable)
+    monkeypatch.setattr(resolve.common, "reachable", lambda endpoint: reachable)
     with pytest.raises(UserError, match=message):
         resolve.resolve("owner/name", fetch=fetch)
     assert hub.asked == [("owner/name", True)]
 
 
 def test_a_hub_that_does_not_answer_is_given_up_soon(monkeypatch):
-    monkeypatch.setattr(resolve, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(resolve.common, "PROBE_SECONDS", 0.2)
     with socket.socket() as listener:  # accepts nobody, so that a client waits
         listener.bind(("127.0.0.1", 0))
         listener.listen(1)
         start = time.monotonic()
-        assert resolve._reachable(f"http://127.0.0.1:{listener.getsockname()[1]}") is False
+        assert resolve.common.reachable(f"http://127.0.0.1:{listener.getsockname()[1]}") is False
         assert time.monotonic() - start < 30, "the hub's own client tries for most of a minute"
         closed = listener.getsockname()[1]
-    assert resolve._reachable(f"http://127.0.0.1:{closed}") is False
+    assert resolve.common.reachable(f"http://127.0.0.1:{closed}") is False
 
 
 @pytest.mark.parametrize("name, message", [

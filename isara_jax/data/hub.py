@@ -2,17 +2,14 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any, Iterator
 
+from isara_jax import common
 from isara_jax.common import UserError
 from isara_jax.data.tables import Row, Table
 
 INSTALL = "pip install 'isara_jax[hub]'"
-PROBE_SECONDS = 3.0  # the hub's own client would try for most of a minute
 
 
 def hub_table(repo: str, split: str, config: str = "", file: str = "") -> Table:
@@ -68,7 +65,7 @@ def _network() -> Iterator[str]:
 
     if datasets.config.HF_HUB_OFFLINE:
         missing = "HF_HUB_OFFLINE is set, so the hub was not asked, and the cache does not have it."
-    elif not _reachable(constants.ENDPOINT):
+    elif not common.reachable(constants.ENDPOINT):
         missing = f"The hub ({constants.ENDPOINT}) does not answer from this machine, and the cache does not have it."
     else:
         yield ""
@@ -79,22 +76,3 @@ def _network() -> Iterator[str]:
         yield missing
     finally:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
-
-
-def _reachable(endpoint: str) -> bool:
-    """Whether anything answers there within `PROBE_SECONDS`. Proxies are honoured."""
-    answers: list[bool] = []
-
-    def probe() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
-            answers.append(True)
-        except urllib.error.HTTPError:
-            answers.append(True)  # an answer, whatever it says
-        except (OSError, ValueError) as e:
-            answers.append("CERTIFICATE" in str(e))  # somebody is there; the hub's client may know the authority
-
-    thread = threading.Thread(target=probe, daemon=True)  # looking up a name has no time limit of its own
-    thread.start()
-    thread.join(PROBE_SECONDS + 1)
-    return bool(answers and answers[0])

@@ -6,13 +6,11 @@ import functools
 import json
 import os
 import re
-import threading
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
+from isara_jax import common
 from isara_jax.common import UserError, content_hash, file_hash
 from isara_jax.models import assets, published
 from isara_jax.models.config import ModelConfig
@@ -22,7 +20,6 @@ TINY_CONFIG = ModelConfig(vocab_size=264, d_model=64, n_layers=2, n_heads=4, n_k
 TINY_CONTEXT = 512
 
 WHOLE_FILE = 200_000_000  # bytes; larger weight files are identified by samples of their content
-PROBE_SECONDS = 3.0
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 IGNORED = ["original/*", "onnx/*", "openvino/*", "consolidated*"]
 
@@ -165,7 +162,7 @@ def _hub(name: str, fetch: bool, say: Callable[[str], None]) -> Path:
         raise _not_found(name, "It was not asked to download anything.")
     if constants.HF_HUB_OFFLINE:
         raise _not_found(name, "HF_HUB_OFFLINE is set, so the hub was not asked.")
-    if not _reachable(constants.ENDPOINT):
+    if not common.reachable(constants.ENDPOINT):
         raise _not_found(name, f"The hub ({constants.ENDPOINT}) does not answer from this machine.")
     say(f"Downloading {name} from the hub …")
     try:
@@ -230,22 +227,3 @@ def _suggest(name: str) -> str:
     plain = re.sub(r"^.*/", "", name).lower()
     near = difflib.get_close_matches(plain, [*assets.ASSETS, *published.names(), "tiny-random"], 1, 0.7)
     return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def _reachable(endpoint: str) -> bool:
-    """Whether the hub answers at all within `PROBE_SECONDS`; its own client would try for most of a minute. Proxies are honoured."""
-    answers: list[bool] = []
-
-    def probe() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
-            answers.append(True)
-        except urllib.error.HTTPError:
-            answers.append(True)  # an answer, whatever it says
-        except (OSError, ValueError) as e:
-            answers.append("CERTIFICATE" in str(e))  # somebody is there; the hub's client may know the authority
-
-    thread = threading.Thread(target=probe, daemon=True)  # looking up a name has no time limit of its own
-    thread.start()
-    thread.join(PROBE_SECONDS + 1)
-    return bool(answers and answers[0])
