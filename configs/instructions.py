@@ -24,6 +24,7 @@ def get_config(variants: str = ""):
     config.sft.epochs = 2
     config.sft.lr = 1e-4  # 2e-5, the rate of 7B models, hardly moves 135M parameters in so few steps
     config.eval.primary = "rougeL"
+    config.eval.answer_rows = config.eval.rows  # the verdict is on generated answers
     for variant in filter(None, variants.split(",")):
         if variant == "alpaca":
             config.data.seeds = config.eval.benchmark = "alpaca"
