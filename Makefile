@@ -17,7 +17,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip -qq --disable-pip-version-check
 MODELS := smollm2-135m-instruct minilm-l6
 UV := uv pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
-	--no-annotate --custom-compile-command "make lock"
+	--no-strip-extras --no-annotate --custom-compile-command "make lock"
 
 .PHONY: quickstart install test test-slow lock clean
 
