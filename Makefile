@@ -12,12 +12,14 @@ VENV ?= .venv
 TORCH_PIP ?=
 TORCH := 2.13.0
 ACCELERATE := 1.15.0
+DATASETS := 5.2.0
+LM_EVAL := 0.4.13
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip -qq --disable-pip-version-check
 MODELS := smollm2-135m-instruct minilm-l6
 UV := uv pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
-	--no-strip-extras --no-annotate --custom-compile-command "make lock"
+	--no-annotate --custom-compile-command "make lock"
 
 .PHONY: quickstart install test test-slow lock clean
 
@@ -47,18 +49,19 @@ $(VENV)/installed: requirements.lock setup.cfg pyproject.toml | $(PY)
 	@touch $@
 
 # On Linux the CPU build of torch is taken wherever the index (or TORCH_PIP) offers it; the plain name brings GPU libraries of several GB.
-# transformers reads GGUF files, the reference for ours, only where accelerate is installed.
+# transformers reads GGUF files, the reference for ours, only where accelerate is installed. datasets reads hub snapshots; lm_eval is the
+# reference of multiple choice. pip's hash mode trips over the extras among their requirements, so they are pinned by version alone.
 $(VENV)/installed-test: requirements-test.lock $(VENV)/installed
 	$(PIP) install --require-hashes -r requirements-test.lock
 	@if [ "$$(uname -s)" = Linux ] && $(PIP) install $(TORCH_PIP) "torch==$(TORCH)+cpu" 2>/dev/null; then :; else \
 		echo "torch $(TORCH): taking the index's own build (TORCH_PIP=\"--index-url=URL\" names an index of CPU builds)"; \
 		$(PIP) install $(TORCH_PIP) "torch==$(TORCH)"; fi
-	$(PIP) install "accelerate==$(ACCELERATE)"
+	$(PIP) install "accelerate==$(ACCELERATE)" "datasets==$(DATASETS)" "lm_eval==$(LM_EVAL)"
 	@touch $@
 
 lock:
 	$(UV) setup.cfg --output-file requirements.lock
-	printf 'datasets\nhypothesis\nlm_eval\npytest\n' | $(UV) - --constraint requirements.lock --output-file requirements-test.lock
+	printf 'hypothesis\npytest\n' | $(UV) - --constraint requirements.lock --output-file requirements-test.lock
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
