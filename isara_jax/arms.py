@@ -135,9 +135,9 @@ class Arms:
         if None in values:
             return candidates[0]
         best = max(range(len(values)), key=lambda i: (quantity.better * values[i], -i))
+        shown = ", ".join(f"{form.name} {value * quantity.scale:.{1 if quantity.scale == 100 else 3}f}" for form, value in zip(candidates, values))
         session.console.note(f"the starting model is compared in the form {candidates[best].name}: {quantity.label} on "
-                             f"{len(self._set.validation)} validation rows is " + ", ".join(
-                                 f"{form.name} {value * quantity.scale:.1f}" for form, value in zip(candidates, values)))
+                             f"{len(self._set.validation)} validation rows is {shown}")
         return candidates[best]
 
     def _icl(self, strategy: str, *, instead_of_primer: bool = False) -> Form:

@@ -203,7 +203,7 @@ class Eval:
     model: str = "last"            # the iteration that gets the verdict: last (it is also what is exported) or best (lowest held-out loss)
     split: str = runtime("dev")    # dev (unused pool rows) or test
     rows: int = runtime(100)       # rows to evaluate on, the same for all arms
-    validation_rows: int = runtime(32)  # rows on which the base model's form and learning rates are chosen and answers are probed
+    validation_rows: int = runtime(100)  # rows on which the base model's form and learning rates are chosen; the first 32 are probed
     answer_rows: int = runtime(64)  # rows whose answers are generated; 0 generates none
     answer_tokens: int = runtime(0)  # most tokens of such an answer; 0 takes the limit of generated answers
     arms: tuple[str, ...] = runtime(("base", "icl_knn", "sft_steps", "isara", "shuffled"))  # what is compared, or all

@@ -20,6 +20,7 @@ from isara_jax.session import Session
 from isara_jax.sft import loop as sft_loop
 from isara_jax.workdir import stage
 
+PROBED = 32  # validation rows that each iteration's generator answers in context
 SAMPLES = 4  # held-out (or seed) questions that the model answers before and after each iteration, for people to read
 
 
@@ -159,7 +160,7 @@ class Work:
         there are none with references.
         """
         session = self.session
-        items = [i for i in session.eval_set.validation if i.right] if session.eval_set else []
+        items = [i for i in session.eval_set.validation if i.right][:PROBED] if session.eval_set else []
         if not items:
             return None
 
