@@ -6,9 +6,9 @@ FOLDER holds seed_tasks.jsonl (github.com/yizhongw/self-instruct, data/, Apache-
 IFEval's input_data.jsonl; without the flag they come from the hub. AlpacaEval and IFEval rows are never trained on.
 Variants: `:alpaca` takes Alpaca's pairs (CC-BY-NC-4.0, written by text-davinci-003) as seeds and rows; `:llama-7b`, `:opt-6.7b`,
 `:opt-350m` take the paper's models; `:alpaca,llama-7b` both.
-Time: 20 CPU minutes in bfloat16 on two cores of an AMD EPYC, 8.8 GiB (long tasks in the prompts of ICL-kNN); about twice that (extrapolated) on
-CPUs with AVX2 alone. Expect: about 75 new pairs; ROUGE-L 15 for ISARA and the starting model's chat form, 18 for fine-tuning on the seeds, nothing
-distinguishable, the shuffled answers beaten (docs/first_light.md).
+Time: 20 CPU minutes in bfloat16 on two cores of an AMD EPYC, 8.8 GiB (long tasks in the prompts of ICL-kNN); about twice that
+(extrapolated) on CPUs with AVX2 alone. Expect: about 75 new pairs; ROUGE-L 15 for ISARA and the starting model's chat form, 18 for fine-
+tuning on the seeds, nothing distinguishable, the shuffled answers beaten (docs/first_light.md).
 """
 from isara_jax.config import defaults
 from isara_jax.models import published
@@ -22,7 +22,7 @@ def get_config(variants: str = ""):
     config.generate.requests = 96
     config.generate.question.max_new_tokens = 48
     config.generate.answer.max_new_tokens = 64
-    config.filters.answer = ("parse", "truncated", "echo", "ngram_loop", "exemplar_copy")  # without min_words: many tasks have one-word answers
+    config.filters.answer = ("parse", "truncated", "echo", "ngram_loop", "exemplar_copy")  # no min_words: many answers are one word
     config.sft.epochs = 2
     config.sft.lr = 1e-4  # 2e-5, the rate of 7B models, hardly moves 135M parameters in so few steps
     config.eval.primary = "rougeL"

@@ -3,8 +3,8 @@
     python -m isara_jax.train --config=configs/misconceptions.py --workdir=runs/misconceptions
 
 Right and wrong choices are alike in length and opening, so that a model that ignores the question scores near chance.
-Time: 22 CPU minutes in bfloat16 on two cores of an AMD EPYC, 5 GiB; about twice that (extrapolated) on CPUs with AVX2 alone. Expect: about 150 new pairs,
-question-conditioned MC2 between 52 and 62, ISARA at 56, nothing distinguishable with 118 rows (docs/first_light.md).
+Time: 22 CPU minutes in bfloat16 on two cores of an AMD EPYC, 5 GiB; about twice that (extrapolated) on CPUs with AVX2 alone. Expect:
+about 150 new pairs, question-conditioned MC2 between 52 and 62, ISARA at 56, nothing distinguishable with 118 rows (docs/first_light.md).
 """
 from isara_jax.config import defaults
 

@@ -3,12 +3,12 @@
     make quickstart
     python -m isara_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Time: on two cores of an AMD EPYC 5 min 51 s in float32 from an empty compilation cache, another job running (6 CPU minutes, 4.4 GiB); less
-in bfloat16, more on CPUs with AVX2 alone. Both models are fetched when they are not there yet (182 MB).
-Expect: two iterations, 75 (bfloat16) or 84 (float32) new pairs, held-out loss about where it was, and a smoke test on thirty questions that
-can tell nothing apart. Most pairs have the form of the seeds and little of their sense: docs/first_light.md reads thirty of them. Afterwards read
-runs/quickstart/iterations/*/kept.jsonl (the new pairs), rejected.jsonl (what was turned down, and why) and samples.jsonl (answers to
-held-out questions before and after).
+Time: on two cores of an AMD EPYC 5 min 51 s in float32 from an empty compilation cache, another job running (6 CPU minutes, 4.4 GiB);
+less in bfloat16, more on CPUs with AVX2 alone. Both models are fetched when they are not there yet (182 MB).
+Expect: two iterations, 75 (bfloat16) or 84 (float32) new pairs, held-out loss about where it was, and a smoke test on thirty questions
+that can tell nothing apart. Most pairs have the form of the seeds and little of their sense: docs/first_light.md reads thirty of them.
+Afterwards read runs/quickstart/iterations/*/kept.jsonl (the new pairs), rejected.jsonl (what was turned down, and why) and samples.jsonl
+(answers to held-out questions before and after).
 """
 from isara_jax.config import defaults
 

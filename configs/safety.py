@@ -8,9 +8,9 @@ workdir's files, console and log show ids and numbers.
 What is reported: the loss on safe answers (how closely their style is imitated), the share of refusals on unsafe and on harmless
 prompts by string rules, and the health of the answers. Safety judges come with a later version.
 Variants: `:llama-7b`, `:opt-6.7b`, `:opt-350m` take the paper's models.
-Time: 14 CPU minutes in bfloat16 on two cores of an AMD EPYC, 5.4 GiB; about twice that (extrapolated) on CPUs with AVX2 alone. Expect: about 85 new pairs,
-the style of safe answers imitated more closely than by the starting model and ICL-kNN, as closely as by fine-tuning on the seeds
-(docs/first_light.md).
+Time: 14 CPU minutes in bfloat16 on two cores of an AMD EPYC, 5.4 GiB; about twice that (extrapolated) on CPUs with AVX2 alone. Expect:
+about 85 new pairs, the style of safe answers imitated more closely than by the starting model and ICL-kNN, as closely as by fine-tuning
+on the seeds (docs/first_light.md).
 """
 from isara_jax.config import defaults
 from isara_jax.models import published

@@ -22,7 +22,7 @@ from typing import Any, Callable, Iterator, Sequence
 import numpy as np
 
 from isara_jax import evalset, kept
-from isara_jax.common import UserError, address
+from isara_jax.common import address
 from isara_jax.data import splits
 from isara_jax.data.items import Item
 from isara_jax.data.pool import Record
@@ -135,7 +135,8 @@ class Arms:
         if None in values:
             return candidates[0]
         best = max(range(len(values)), key=lambda i: (quantity.better * values[i], -i))
-        shown = ", ".join(f"{form.name} {value * quantity.scale:.{1 if quantity.scale == 100 else 3}f}" for form, value in zip(candidates, values))
+        digits = 1 if quantity.scale == 100 else 3
+        shown = ", ".join(f"{form.name} {value * quantity.scale:.{digits}f}" for form, value in zip(candidates, values))
         session.console.note(f"the starting model is compared in the form {candidates[best].name}: {quantity.label} on "
                              f"{len(self._set.validation)} validation rows is {shown}")
         return candidates[best]
@@ -172,9 +173,6 @@ class Arms:
         pairs, left_out = splits.without_leaks(pairs, self._set.guarded)
         if left_out:
             self.session.console.note(f"{left_out} off-domain pair(s) are near evaluation rows and are left out")
-        if not pairs.pairs:
-            raise UserError(f"config.eval.off_domain={self._settings.off_domain!r}: every pair is near an evaluation row, so nothing is left "
-                            "to train the control on. Name pairs of another domain.")
         return [record(s) for s in pairs.pairs]
 
 
