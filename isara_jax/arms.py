@@ -144,7 +144,8 @@ class Arms:
     def _icl(self, strategy: str, *, instead_of_primer: bool = False) -> Form:
         session = self.session
         form = forms.icl(session.template, session.room, session.train_seeds, self._vectors, strategy=strategy,
-                         k=session.config.retrieval.k, seed=session.config.seed, index=session.config.retrieval.index)
+                         k=session.config.retrieval.k, seed=session.config.seed, index=session.config.retrieval.index,
+                         budget=session.config.prompt.budget)
         return forms.at_equal_tokens(form, primer(session)) if instead_of_primer else form
 
     # ------------------------------------------------------------------------------------------------------------------ weights

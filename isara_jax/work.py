@@ -166,7 +166,8 @@ class Work:
 
         def make() -> list[dict[str, Any]]:
             form = forms.icl(session.template, session.room, setting.pool.snapshot(t - 1), setting.vectors, strategy="knn",
-                             k=session.config.retrieval.k, seed=session.config.seed, index=session.config.retrieval.index)
+                             k=session.config.retrieval.k, seed=session.config.seed, index=session.config.retrieval.index,
+                             budget=session.config.prompt.budget)
             with self.ledger.stage("answer probe", t):
                 return evaluate.probe(self.lm(t - 1), form, items, setting.vectors, session.eval_tokens)
 

@@ -148,3 +148,12 @@ def test_a_hash_names_what_changes_the_prompts():
 def test_names_are_fit_for_files():
     longer = forms.at_equal_tokens(icl(), forms.primer(9))
     assert [icl().name, icl("random", k=3).name, longer.name] == ["knn-2", "random-3", "knn-for-primer"]
+
+
+def test_a_budget_limits_the_pairs_and_never_the_question():
+    """Each pair has 30 or 31 bytes and the question's part 12: two pairs fit into 80, and beside a long question none."""
+    form = forms.icl(PLAIN, 400, POOL, Letters(), strategy="knn", k=3, seed=0, index="numpy", budget=80)
+    short, long = form.prompts(BYTES, ["Ice?", "Ice? " * 30])
+    assert BYTES.decode(short).count("Q:") == 3 and len(short) <= 80
+    assert BYTES.decode(long).count("Q:") == 1 and len(long) > 80
+    assert form.hash != icl(k=3, room=400).hash

@@ -67,6 +67,7 @@ class Form:
         exemplars: (questions, k) -> for each question its k pairs, nearest first.
         pairs: identifies what `exemplars` gives; "" where there are none.
         like: the form whose prompt of the same question is not to be exceeded in tokens; None where only `room` limits.
+        budget: most tokens of a prompt with pairs (config.prompt.budget); a question that is longer stands alone. 0: only `room` limits.
     """
 
     name: str
@@ -76,11 +77,12 @@ class Form:
     exemplars: Callable[[Sequence[str], int], list[Sequence[Pair]]]
     pairs: str
     like: Form | None = None
+    budget: int = 0
 
     @property
     def hash(self) -> str:
         """Identifies the prompts that come out; for a form without pairs `room` changes none."""
-        limits = f"{self.k} {self.room}" if self.k else ""
+        limits = f"{self.k} {min(self.room, self.budget or self.room)}" if self.k else ""
         return content_hash("form", self.template.hash, self.pairs, limits, self.like.hash if self.like else "")
 
     def segments(self, tokenizer: Tokenizer | ByteTokenizer, questions: Sequence[str],
@@ -99,7 +101,8 @@ class Form:
         found = []
         for question, shots, limit in zip(questions, self.exemplars(questions, self.k), most, strict=True):
             build = functools.partial(self.template.answer_segments, question=question)
-            fit = bisect.bisect_right(range(len(shots) + 1), limit, key=lambda n: count(build(shots[:n]))) - 1  # more pairs, more tokens
+            pairs = min(limit, self.budget or limit)  # most tokens of a prompt with pairs
+            fit = bisect.bisect_right(range(len(shots) + 1), pairs, key=lambda n: count(build(shots[:n]))) - 1  # more pairs, more tokens
             found.append(prompts.fit(shots[:max(fit, 0)], build, count, limit)[0])
         return found
 
@@ -127,8 +130,8 @@ def primer(room: int) -> Form:
     return Form("primer", template, room, len(PRIMER), lambda questions, k: [PRIMER[:k]] * len(questions), "primer")
 
 
-def icl(template: Template, room: int, pool: Sequence[Pair], vectors: Vectors, *, strategy: str, k: int, seed: int,
-        index: str = "auto") -> Form:
+def icl(template: Template, room: int, pool: Sequence[Pair], vectors: Vectors, *, strategy: str, k: int, seed: int, index: str = "auto",
+        budget: int = 0) -> Form:
     """k pairs of a pool before the question: its nearest (strategy "knn", by question text) or any ("random").
 
     Args:
@@ -136,6 +139,7 @@ def icl(template: Template, room: int, pool: Sequence[Pair], vectors: Vectors, *
         vectors: gives the unit vectors of questions.
         seed: of the random pairs. Which ones a question gets depends on it, the question and the pool, not on the other questions.
         index: the backend of the search: auto, scann or numpy; all find the same.
+        budget: most tokens of a prompt with pairs, 0 for as many as `room` holds.
 
     Raises `UserError` for an empty pool.
     """
@@ -155,7 +159,7 @@ def icl(template: Template, room: int, pool: Sequence[Pair], vectors: Vectors, *
         return [[by_id[name] for name in names] for names in found]
 
     drawn = str(seed) if strategy == "random" else vectors.embedder.hash
-    return Form(f"{strategy}-{k}", template, room, k, exemplars, content_hash(strategy, drawn, *by_id))
+    return Form(f"{strategy}-{k}", template, room, k, exemplars, content_hash(strategy, drawn, *by_id), budget=budget)
 
 
 def at_equal_tokens(form: Form, like: Form) -> Form:
