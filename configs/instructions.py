@@ -6,9 +6,9 @@ FOLDER holds seed_tasks.jsonl (github.com/yizhongw/self-instruct, data/, Apache-
 IFEval's input_data.jsonl; without the flag they come from the hub. AlpacaEval and IFEval rows are never trained on.
 Variants: `:alpaca` takes Alpaca's pairs (CC-BY-NC-4.0, written by text-davinci-003) as seeds and rows; `:llama-7b`, `:opt-6.7b`,
 `:opt-350m` take the paper's models; `:alpaca,llama-7b` both.
-Time: 20 CPU minutes in bfloat16 on two cores of an AMD EPYC, 8.8 GiB (long tasks in the prompts of ICL-kNN); about twice that
-(extrapolated) on CPUs with AVX2 alone. Expect: about 75 new pairs; ROUGE-L 15 for ISARA and the starting model's chat form, 18 for fine-
-tuning on the seeds, nothing distinguishable, the shuffled answers beaten (docs/first_light.md).
+Time: 20 CPU minutes in bfloat16 on two cores of an AMD EPYC, 7.4 GiB; about twice that (extrapolated) on CPUs with AVX2 alone. Expect:
+about 75 new pairs; ROUGE-L 15 for ISARA and the starting model's chat form, 18 for fine- tuning on the seeds, nothing distinguishable,
+the shuffled answers beaten (docs/first_light.md).
 """
 from isara_jax.config import defaults
 from isara_jax.models import published
