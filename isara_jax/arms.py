@@ -71,22 +71,21 @@ class Arms:
             if arm == "isara_each":
                 for t in self.iterations:
                     if t != self.t or "isara" not in self._settings.chosen_arms:
-                        yield from self._in_forms(f"isara_{t}", self._isara(t), own(self.session))
+                        yield from self._in_forms(f"isara_{t}", self._isara(t), self.session.form)
             else:
                 yield from self._in_forms(arm, *self._arm(arm))
 
     def _arm(self, arm: str) -> tuple[Weights, Form]:
-        session, form = self.session, own(self.session)
-        base, judged = Weights(session.resolved["model"], lambda: self.work.lm(0)), self._isara(self.t)
-        seeds = session.train_seeds
+        session, form, seeds = self.session, self.session.form, self.session.train_seeds
+        base = Weights(session.resolved["model"], lambda: self.work.lm(0))
         made = {
             "base": lambda: (base, self._best_form(base)),
             "icl_random": lambda: (base, self._icl("random")),
             "icl_knn": lambda: (base, self._icl("knn")),
             "sft_epochs": lambda: (self._tuned(arm, seeds, self.work.steps(len(seeds))), form),
             "sft_steps": lambda: (self._tuned(arm, seeds, self._steps()), form),
-            "isara": lambda: (judged, form),
-            "isara_icl_knn": lambda: (judged, self._icl("knn")),
+            "isara": lambda: (self._isara(self.t), form),
+            "isara_icl_knn": lambda: (self._isara(self.t), self._icl("knn")),
             "shuffled": lambda: (self._tuned(arm, shuffle(self._pairs(self.t), session.config.seed), self._steps()), form),
             "off_domain": lambda: (self._tuned(arm, self._off_domain(), self._steps()), form),
         }
@@ -98,7 +97,7 @@ class Arms:
         The starting model is also shown in the run's own form where another is better for it; and where all forms are asked for every arm
         in the published primer's, in which in-context arms have exemplars of as many tokens in the primer's place.
         """
-        beside = [own(self.session)] if arm == "base" else []
+        beside = [self.session.form] if arm == "base" else []
         if self._settings.forms == "all" and "mc" in self._parts:
             strategy = {"icl_random": "random", "icl_knn": "knn", "isara_icl_knn": "knn"}.get(arm)
             beside.append(self._icl(strategy, instead_of_primer=True) if strategy else primer(self.session))
@@ -123,7 +122,7 @@ class Arms:
     def _best_form(self, base: Weights) -> Form:
         """The form in which the starting model does best on validation rows: its own, chat, or (with choices) the primer."""
         session, quantity = self.session, self._set.primary
-        candidates = [own(session)]
+        candidates = [session.form]
         if session.config.model.form == "plain" and session.blueprint.tokenizer.chat_template is not None:
             candidates.append(forms.bare(chat(session), session.room))
         if "mc" in self._parts:
@@ -142,11 +141,8 @@ class Arms:
         return candidates[best]
 
     def _icl(self, strategy: str, *, instead_of_primer: bool = False) -> Form:
-        session = self.session
-        form = forms.icl(session.template, session.room, session.train_seeds, self._vectors, strategy=strategy,
-                         k=session.config.retrieval.k, seed=session.config.seed, index=session.config.retrieval.index,
-                         budget=session.config.prompt.budget)
-        return forms.at_equal_tokens(form, primer(session)) if instead_of_primer else form
+        form = self.session.icl_form(self.session.train_seeds, self._vectors, strategy)
+        return forms.at_equal_tokens(form, primer(self.session)) if instead_of_primer else form
 
     # ------------------------------------------------------------------------------------------------------------------ weights
     def _isara(self, t: int) -> Weights:
@@ -165,6 +161,7 @@ class Arms:
         def lm() -> LM:
             if not made:
                 made.append(self.work.tune(0, examples, steps, arm, self.t).lm)
+                self.work.checkpoints.clear_unfinished()  # of an iteration it goes when the parameters are saved; these are not
             return made[0]
 
         return Weights(self.work.tuned_identity(self.session.resolved["model"], examples, steps), lm)
@@ -178,11 +175,6 @@ class Arms:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-def own(session: Session) -> Form:
-    """The form in which this run trains: no exemplars."""
-    return forms.bare(session.template, session.room)
-
-
 def primer(session: Session) -> Form:
     """TruthfulQA's six published examples before the question, as they were published: in the plain form."""
     return forms.primer(session.room)

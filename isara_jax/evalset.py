@@ -49,12 +49,12 @@ class EvalSet:
         """Finds the guarded row that a question is near."""
         return splits.LeakIndex(self.guarded)
 
-    @property
+    @functools.cached_property
     def guard_hash(self) -> str:
         """Identifies what generated pairs are checked against, whatever the order of the files."""
         return content_hash(*sorted({seeds.normalise(i.question) for i in self.guarded}))
 
-    @property
+    @functools.cached_property
     def validation_hash(self) -> str:
         """Identifies the rows on which learning rates are chosen."""
         return rows_hash(self.validation)

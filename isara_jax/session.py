@@ -70,6 +70,16 @@ class Session:
         return self.blueprint.context - max(self.eval_tokens, self.limits.answer)
 
     @property
+    def form(self) -> forms.Form:
+        """How this run asks where it trains and scores: without exemplars."""
+        return forms.bare(self.template, self.room)
+
+    def icl_form(self, pool: Sequence[Record], vectors: VectorStore, strategy: str) -> forms.Form:
+        """How this run asks in context: behind pairs of `pool`, as ISARA's own prompts hold them. `strategy` is knn or random."""
+        return forms.icl(self.template, self.room, pool, vectors, strategy=strategy, k=self.config.retrieval.k, seed=self.config.seed,
+                         index=self.config.retrieval.index, budget=self.config.prompt.budget)
+
+    @property
     def resolved(self) -> dict[str, Any]:
         """What the config alone does not say and the result depends on: part of the run's identity."""
         found = {"model": self.blueprint.source.content_hash(), "encoder": self.embedder.hash, "seeds": self.seed_set.hash,
@@ -238,5 +248,5 @@ def _check_lengths(session: Session) -> None:
                             f"seed), which leaves no room for a prompt in the {context} tokens this model takes. Set a smaller one.")
     if chosen := session.eval_set:
         items = [*chosen.rows, *chosen.validation]
-        evaluate.check_lengths(session.blueprint.tokenizer, context, items, forms.bare(session.template, session.room),
+        evaluate.check_lengths(session.blueprint.tokenizer, context, items, session.form,
                                parts(items, session.config.eval.answer_rows), session.eval_tokens)

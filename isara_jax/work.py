@@ -110,14 +110,13 @@ class Work:
 
             fitted = sft_loop.fit(lm.params, lm.cfg, examples, sft, mesh=lm.mesh, dtype=lm.dtype, seed=session.config.seed, context=lm.context,
                                   n_steps=n_steps, checkpoints=self.checkpoints, name=name, on_step=on_step)
-        self.checkpoints.clear_unfinished()
         return Tuned(lm.with_params(fitted.params), fitted.losses, rate)
 
     def _validate(self, lm: LM, name: str, t: int) -> float:
         """The quantity of the verdict on validation rows, so that more is better."""
         session, chosen = self.session, self.session.eval_set
-        form, tokens = forms.bare(session.template, session.room), session.eval_tokens
-        rows = self.evaluate(lm, chosen.validation, form, name, t, parts=(chosen.primary.part,), answer_rows=None, new_tokens=tokens)
+        rows = self.evaluate(lm, chosen.validation, session.form, name, t, parts=(chosen.primary.part,), answer_rows=None,
+                             new_tokens=session.eval_tokens)
         value = quantities.table(rows)[chosen.primary.name]
         session.console.note(f"{name}: {chosen.primary.label} {value * chosen.primary.scale:.2f} on {len(rows)} validation rows")
         return value * chosen.primary.better
@@ -165,9 +164,7 @@ class Work:
             return None
 
         def make() -> list[dict[str, Any]]:
-            form = forms.icl(session.template, session.room, setting.pool.snapshot(t - 1), setting.vectors, strategy="knn",
-                             k=session.config.retrieval.k, seed=session.config.seed, index=session.config.retrieval.index,
-                             budget=session.config.prompt.budget)
+            form = session.icl_form(setting.pool.snapshot(t - 1), setting.vectors, "knn")
             with self.ledger.stage("answer probe", t):
                 return evaluate.probe(self.lm(t - 1), form, items, setting.vectors, session.eval_tokens)
 
