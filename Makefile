@@ -1,5 +1,5 @@
 # make quickstart   install, fetch the two embedded models, run the ISARA loop into runs/quickstart (again: continue it)
-# make test         install what tests need, run the tests
+# make test         install what tests need, run the tests; those of the page need chromium and its driver (Debian: chromium chromium-driver)
 # make test-slow    the tests that take longest
 # make lock         renew the lock files (needs uv)
 # make clean        remove the environment and caches; runs/ stays
@@ -61,7 +61,7 @@ $(VENV)/installed-test: requirements-test.lock $(VENV)/installed
 
 lock:
 	$(UV) setup.cfg --output-file requirements.lock
-	printf 'hypothesis\npytest\n' | $(UV) - --constraint requirements.lock --output-file requirements-test.lock
+	printf 'hypothesis\npytest\nselenium\n' | $(UV) - --constraint requirements.lock --output-file requirements-test.lock
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis

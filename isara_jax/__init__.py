@@ -12,7 +12,7 @@ import importlib
 from typing import Any
 
 _HOME = {"load": "isara_jax.lm", "LM": "isara_jax.lm", "Sample": "isara_jax.lm", "align": "isara_jax.train", "Run": "isara_jax.train",
-         "evaluate": "isara_jax.evals.evaluate",
+         "evaluate": "isara_jax.evals.evaluate", "icl_knn": "isara_jax.icl", "InContext": "isara_jax.icl",
          "UserError": "isara_jax.common", "Config": "isara_jax.config"}
 __all__ = list(_HOME)
 

@@ -46,12 +46,16 @@ class Weights:
 
 @dataclass(frozen=True)
 class Result:
-    """One arm in one form on the rows of the comparison. `judged` marks the form that verdicts look at."""
+    """One arm in one form on the rows of the comparison.
+
+    `judged` marks the form that verdicts look at; `file` is the name of the rows' file in `evaluation/SPLIT/`.
+    """
 
     arm: str
     form: str
     rows: Rows
     judged: bool
+    file: str
 
 
 class Arms:
@@ -103,10 +107,11 @@ class Arms:
             beside.append(self._icl(strategy, instead_of_primer=True) if strategy else primer(self.session))
         shown = [form, *(other for other in beside if other.name != form.name)]
         for i, one in enumerate(shown):
-            yield Result(arm, one.name, self._rows(arm, weights, one, self._set.rows, self._set.split), judged=i == 0)
+            rows, file = self._rows(arm, weights, one, self._set.rows, self._set.split)
+            yield Result(arm, one.name, rows, judged=i == 0, file=file)
 
-    def _rows(self, arm: str, weights: Weights, form: Form, items: Sequence[Item], split: str) -> Rows:
-        """The evaluation rows of weights in a form, from where they were kept or measured now."""
+    def _rows(self, arm: str, weights: Weights, form: Form, items: Sequence[Item], split: str) -> tuple[Rows, str]:
+        """The evaluation rows of weights in a form, from where they were kept or measured now, and the name of their file."""
         session, settings = self.session, self._settings
         chosen = self._parts if split == settings.split else (self._set.primary.part,)
         answers, tokens = (settings.answer_rows, session.eval_tokens) if "answers" in chosen else (0, 0)
@@ -116,20 +121,21 @@ class Arms:
             return self.work.evaluate(weights.lm(), items, form, f"{arm} ({form.name})", self.t, parts=chosen, answer_rows=answers,
                                       new_tokens=tokens)
 
-        return kept.rows(session.workdir.evaluation / split, f"{arm}.{form.name}", key, make, reuse=settings.reuse)
+        path = kept.path(session.workdir.evaluation / split, f"{arm}.{form.name}", key)
+        return kept.rows(path, key, make, reuse=settings.reuse), path.name
 
     # -------------------------------------------------------------------------------------------------------------------- forms
     def _best_form(self, base: Weights) -> Form:
-        """The form in which the starting model does best on validation rows: its own, chat, or (with choices) the primer."""
+        """The form in which the starting model does best on rows it was not trained on: its own, chat, or (with choices) the primer."""
         session, quantity = self.session, self._set.primary
         candidates = [session.form]
         if session.config.model.form == "plain" and session.blueprint.tokenizer.chat_template is not None:
             candidates.append(forms.bare(chat(session), session.room))
         if "mc" in self._parts:
             candidates.append(primer(session))
-        if len(candidates) == 1 or not self._set.validation:
+        if len(candidates) == 1 or not self._set.unseen:
             return candidates[0]
-        values = [quantities.table(self._rows("base", base, form, self._set.validation, "validation")).get(quantity.name)
+        values = [quantities.table(self._rows("base", base, form, self._set.unseen, "validation")[0]).get(quantity.name)
                   for form in candidates]
         if None in values:
             return candidates[0]
@@ -137,7 +143,7 @@ class Arms:
         digits = 1 if quantity.scale == 100 else 3
         shown = ", ".join(f"{form.name} {value * quantity.scale:.{digits}f}" for form, value in zip(candidates, values))
         session.console.note(f"the starting model is compared in the form {candidates[best].name}: {quantity.label} on "
-                             f"{len(self._set.validation)} validation rows is {shown}")
+                             f"{len(self._set.unseen)} {'validation rows' if self._set.unseen == self._set.validation else 'seeds'} is {shown}")
         return candidates[best]
 
     def _icl(self, strategy: str, *, instead_of_primer: bool = False) -> Form:

@@ -29,28 +29,33 @@ class Flag:
     help: str
     example: str = ""              # not empty: required
     switch: bool = False
+    unless: str = ""               # a flag that makes this one superfluous
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line: the module that `python -m` starts, and its own flags."""
+    """A command line: the module that `python -m` starts, its own flags, and whether it can do without --config."""
 
     module: str
     flags: tuple[Flag, ...]
+    config_optional: bool = False
 
     @property
     def usage(self) -> str:
         """One line, optional flags in brackets."""
         shown = [f"--{f.name}" if f.switch else f"--{f.name}={f.name.upper()}" for f in self.flags]
         own = " ".join(text if f.example else f"[{text}]" for f, text in zip(self.flags, shown))
+        if self.config_optional:
+            return f"python -m {self.module} {own} [--config=FILE[:ARG] [--config.section.field=VALUE …]]"
         return f"python -m {self.module} --config=FILE[:ARG] {own} [--config.section.field=VALUE …]"
 
 
 @dataclass(frozen=True)
 class Args:
-    """A parsed command line: the config, and the value of each flag of the command (None or False where it was not given)."""
+    """A parsed command line: the config (None where it is optional and was not given), and the value of each flag of the command (None or
+    False where it was not given)."""
 
-    config: config_lib.Config
+    config: config_lib.Config | None
     flags: dict[str, Any]
 
     def __getattr__(self, name: str) -> Any:
@@ -60,8 +65,11 @@ class Args:
             raise AttributeError(name) from None
 
 
-TRAIN = Command("isara_jax.train", (Flag("workdir", "Folder of the run.", "runs/first"),
-                                    Flag("dry_run", "Show three prompts and the plan; generate nothing.", switch=True)))
+TRAIN = Command("isara_jax.train", (
+    Flag("workdir", "Folder of the run.", "runs/first", unless="plan_models"),
+    Flag("dry_run", "Show three prompts and the plan; generate nothing.", switch=True),
+    Flag("refit_all", "After the judged run, or the folds, train on every pair into WORKDIR/all.", switch=True),
+    Flag("plan_models", "Names of models, with commas: print time and memory for each on this machine with these seeds, and end.")))
 
 
 def _leaves(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
@@ -94,10 +102,15 @@ def parse(argv: Sequence[str], command: Command = TRAIN) -> Args:
     name, rest = _split_config(argv)
     for key in _overrides(rest):
         _check_key(key)
+        if not name and command.config_optional:
+            raise UserError(f"--config.{key} changes a field of a config, and no config is named. Add --config=FILE.")
+    if not name and not command.config_optional:
+        raise UserError(no_config())
     given = ["isara_jax", *rest]
     values = flags.FlagValues()
     try:
-        config_flags.DEFINE_config_dict("config", load(name), flag_values=values, sys_argv=given)
+        if name:
+            config_flags.DEFINE_config_dict("config", load(name), flag_values=values, sys_argv=given)
         for flag in command.flags:
             define, default = (flags.DEFINE_bool, False) if flag.switch else (flags.DEFINE_string, None)
             define(flag.name, default, flag.help, flag_values=values)
@@ -106,12 +119,17 @@ def parse(argv: Sequence[str], command: Command = TRAIN) -> Args:
         raise UserError(_said(e)) from None
     if surplus:
         raise UserError(f"{surplus[0]!r} is not a flag; flags have the form --name=VALUE.")
-    config = config_lib.from_dict(values.config)
+    config = config_lib.from_dict(values.config) if name else None
     given = {flag.name: values[flag.name].value for flag in command.flags}
     for flag in command.flags:
-        if flag.example and not given[flag.name]:
+        if flag.example and not given[flag.name] and not given.get(flag.unless):
             raise UserError(f"--{flag.name} is missing. {flag.help} For example --{flag.name}={flag.example}.")
     return Args(config, given)
+
+
+def no_config() -> str:
+    """What to say where a config is needed and none was named."""
+    return f"--config is missing: name a config file, for example --config=configs/quickstart.py (there are {', '.join(_packaged())})."
 
 
 def usage(command: Command = TRAIN) -> str:
@@ -125,17 +143,14 @@ def usage(command: Command = TRAIN) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------------- overrides
-def _split_config(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The value of --config (`--config=X` or `--config X`; the last one counts) and the other arguments."""
+def _split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of --config (`--config=X` or `--config X`; the last one counts; None where it is not there) and the other arguments."""
     name, rest, arguments = None, [], iter(argv)
     for a in arguments:
         if re.fullmatch(r"--?config(=.*)?", a, re.DOTALL):
             name = a.partition("=")[2] if "=" in a else next(arguments, "")
         else:
             rest.append(_tuple(a))
-    if not name:
-        raise UserError("--config is missing: name a config file, for example --config=configs/quickstart.py "
-                        f"(there are {', '.join(_packaged())}).")
     return name, rest
 
 

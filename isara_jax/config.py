@@ -66,24 +66,30 @@ class Data:
     source: str = ""                        # where the pairs come from, where the file does not say
     licence: str = ""                       # their licence, where the file does not say
     holdout: float = 0.125                  # share of the seeds kept aside for the held-out loss (at least 4; none under 8 seeds)
+    test: str = runtime("")                 # a file of further pairs to judge on, with the columns of the seeds
+    test_share: float = 0.0                 # where data.test is empty: share of the seeds to judge on instead of training on them
+    folds: int = 0                          # so many runs, each judged on another part of the seeds, so that every pair is judged on; 0: one
 
     def __post_init__(self):
         _check("data.limit", self.limit, self.limit >= 0, "0 (all) or a positive number of pairs")
         _check("data.holdout", self.holdout, 0 <= self.holdout <= 0.5, "between 0 and 0.5")
+        _check("data.test_share", self.test_share, 0 <= self.test_share <= 0.5, "between 0 and 0.5")
+        _check("data.folds", self.folds, self.folds == 0 or 2 <= self.folds <= 10, "0 (one run) or 2 to 10")
+        _check("data.folds", self.folds, not (self.folds and self.test), "0 where data.test names a file: that file judges every seed")
 
 
 @dataclass(frozen=True)
 class Retrieval:
     encoder: str = runtime("minilm-l6")  # embedded name, hub id or folder of a sentence encoder; identified by the hash of its content
     strategy: str = "knn"          # knn, random or mmr (maximal marginal relevance)
-    k: int = 5                     # exemplars in a prompt
+    k: int = 5                     # exemplars in a prompt; -1 derives it: 5, or as many as fit
     mmr_lambda: float = 0.7        # mmr: weight of relevance against diversity (1 is knn); Carbonell and Goldstein 1998
     index: str = runtime("auto")   # auto (scann where it has a wheel), scann or numpy: all give the same neighbours
 
     def __post_init__(self):
         _one_of("retrieval.strategy", self.strategy, "knn", "random", "mmr")
         _one_of("retrieval.index", self.index, "auto", "scann", "numpy")
-        _check("retrieval.k", self.k, 0 <= self.k <= 64, "0 to 64 exemplars")
+        _check("retrieval.k", self.k, -1 <= self.k <= 64, "0 to 64 exemplars, or -1 to derive their number")
         _check("retrieval.mmr_lambda", self.mmr_lambda, 0 <= self.mmr_lambda <= 1, "between 0 and 1")
 
 
@@ -250,6 +256,7 @@ class Config:
     seed: int = 0                  # every draw descends from it
     sensitive: bool = runtime(False)  # console and log show ids, lengths and verdicts; text stays in the iteration files
     keep: str = runtime("all")     # all or best_last
+    review: bool = runtime(False)  # stop after each generation until its pairs were read, edited and decided on in review.csv
     model: Model = Model()
     data: Data = Data()
     retrieval: Retrieval = Retrieval()
@@ -265,6 +272,9 @@ class Config:
         _one_of("method", self.method, "isara")
         _one_of("keep", self.keep, "all", "best_last")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2**63 - 1")
+        if self.eval.benchmark and (self.data.test or self.data.test_share or self.data.folds):
+            raise ConfigError(f"config.eval.benchmark={self.eval.benchmark!r} says what to judge on, and so does config.data.test, test_share or "
+                              "folds. Set --config.eval.benchmark= or drop the others.")
         _check("keep", self.keep, self.keep == "all" or not self.eval.benchmark or "isara_each" not in self.eval.chosen_arms,
                "all where every iteration is evaluated (the arm isara_each)")
 

@@ -35,7 +35,9 @@ class Console:
             self.log_to(log)
 
     def log_to(self, log: Path) -> None:
-        """Append to `log` from here on, beginning with the lines said before."""
+        """Append to `log` from here on, beginning with the lines said before any log was named."""
+        if self._log:
+            self._log.close()
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = open(log, "a", encoding="utf-8")
         self._log.writelines(self._unlogged)

@@ -5,6 +5,9 @@
     validation             choices are made on these: the base model's form, learning rates; answers are probed on them
     test                   only where --config.eval.split=test asks for it
 
+With pairs of one's own and no benchmark the rows are those of config.data.test, or a part of the pairs (test_share, or one of the folds); choices
+are then made on the seeds that are held out for the loss, and the starting model's form, which has seen none of them, on all seeds.
+
 Whatever is near a row that may ever be evaluated leaves the training side (ROUGE-L F > 0.6, data/splits.py).
 """
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Sequence
 
 from isara_jax import config as config_lib
@@ -31,6 +35,7 @@ class EvalSet:
     Attributes:
         rows: what tables and verdicts are made of, of the split asked for.
         validation: what choices are made on.
+        unseen: rows that the starting model was not trained on, for the choice of its form: those of `validation`, or of all own seeds.
         guarded: every row that may be evaluated now or later: nothing that is trained on may be near one.
         left_out: seeds that were near a guarded row and left the training side.
     """
@@ -40,6 +45,7 @@ class EvalSet:
     split: str
     rows: tuple[Item, ...]
     validation: tuple[Item, ...]
+    unseen: tuple[Item, ...]
     guarded: tuple[Item, ...]
     primary: Quantity
     left_out: int = 0
@@ -65,8 +71,11 @@ def rows_hash(items: Sequence[Item]) -> str:
     return content_hash(*(repr((i.question, i.answer, i.right, i.wrong, i.mc1, i.mc2, i.kind)) for i in items))
 
 
-def load_data(config: Config, pairs: seeds.SeedSet | None = None) -> tuple[seeds.SeedSet, EvalSet | None]:
-    """The seeds (or `pairs`, given in Python, as seeds) and what the run is judged on; None where `eval.benchmark` is empty.
+def load_data(config: Config, pairs: seeds.SeedSet | None = None, fold: int = 0) -> tuple[seeds.SeedSet, EvalSet | None]:
+    """The seeds (or `pairs`, given in Python, as seeds) and what the run is judged on; None where nothing says what.
+
+    Args:
+        fold: with config.data.folds the part of the pairs that is judged on, from 1; the others are the seeds.
 
     Raises `UserError` for files that cannot be read, for a seed equal to an evaluation row (naming both) and for an empty evaluation set.
     """
@@ -80,14 +89,49 @@ def load_data(config: Config, pairs: seeds.SeedSet | None = None) -> tuple[seeds
     else:
         pairs, dev = seeds.load_seeds(data) if pairs is None else pairs, None
     if benchmark is None:
-        if config.sft.rates:
-            raise UserError("config.sft.rates are tried on validation rows, and config.eval.benchmark is empty. Name a benchmark or a file "
-                            "there, or set config.sft.lr alone.")
-        return pairs, None
+        pairs, chosen = _own(config, pairs, fold)
+        if config.sft.rates and not (chosen and chosen.validation):
+            raise UserError("config.sft.rates are tried on validation rows, and there are none. Name a benchmark or a file in "
+                            "config.eval.benchmark, hold out more seeds (config.data.holdout), or set config.sft.lr alone.")
+        return pairs, chosen
     dev = benchmark.pool if dev is None else dev
     guarded = (*dev, *benchmark.validation, *benchmark.test)
     kept, left_out = splits.without_leaks(pairs, guarded)
     return kept, _eval_set(config.eval, benchmark, dev, guarded, left_out)
+
+
+def _own(config: Config, pairs: seeds.SeedSet, fold: int) -> tuple[seeds.SeedSet, EvalSet | None]:
+    """Pairs of one's own: the seeds, and the rows that a file, a share of the pairs or a fold of them gives; None without any."""
+    data, left_out = config.data, 0
+    if data.test:
+        named = seeds.load_seeds(dataclasses.replace(data, seeds=data.test, limit=0))
+        judged, name = named.pairs, Path(data.test).name
+        pairs, left_out = splits.without_leaks(pairs, items_of(named.path, judged))
+    elif fold:
+        judged, name = splits.folds(pairs.pairs, data.folds)[fold - 1], f"fold {fold} of {data.folds} of {Path(pairs.path).name}"
+        pairs = splits.without(pairs, judged)
+    else:
+        rest, judged = seeds.split_holdout(pairs.pairs, data.test_share, purpose="judged")
+        pairs, name = splits.without(pairs, judged), f"a held-out part of {Path(pairs.path).name}"
+    if not judged:
+        return pairs, None
+    items, (_, held_out) = items_of(data.test or pairs.path, judged), seeds.split_holdout(pairs.pairs, data.holdout)
+    if len(items) < 2:
+        raise UserError(f"{name} has one pair, and at least 2 are needed to judge on. Add pairs, or set --config.data.test= and "
+                        "--config.data.test_share=0 to train without a verdict.")
+    rows = splits.choose(items, config.eval.rows)
+    if config.eval.split != "dev":
+        raise UserError("config.eval.split=test asks for a benchmark's test rows; pairs of your own have none. Leave it at dev.")
+    licences = ", ".join(sorted({i.licence for i in items}))
+    return pairs, EvalSet(name, f"{len(items)} pairs, licence: {licences}", "dev", rows, items_of(pairs.path, held_out),
+                          items_of(pairs.path, pairs.pairs), items, _primary(config.eval, rows), left_out)
+
+
+def items_of(file: str, pairs: Sequence[seeds.Seed]) -> tuple[Item, ...]:
+    """Pairs as evaluation rows with one right answer, in order of id."""
+    made = [Item(question=s.question, answer=s.answer, right=(s.answer,), file=file, row=s.row, author=s.author, source=s.source,
+                 licence=s.licence) for s in pairs]
+    return tuple(sorted(made, key=lambda i: (i.id, i.row)))
 
 
 def _eval_set(settings: config_lib.Eval, benchmark: benchmarks.Benchmark, dev: Sequence[Item], guarded: Sequence[Item],
@@ -99,7 +143,8 @@ def _eval_set(settings: config_lib.Eval, benchmark: benchmarks.Benchmark, dev: S
                         + ("Leave more of the pool unused (config.data.limit), or take a larger file." if settings.split == "dev" else
                            "Take --config.eval.split=dev, or get the benchmark's test file."))
     validation = splits.choose(benchmark.validation, settings.validation_rows)
-    return EvalSet(benchmark.name, benchmark.note, settings.split, rows, validation, tuple(guarded), _primary(settings, rows), left_out)
+    return EvalSet(benchmark.name, benchmark.note, settings.split, rows, validation, validation, tuple(guarded), _primary(settings, rows),
+                   left_out)
 
 
 def _primary(settings: config_lib.Eval, rows: Sequence[Item]) -> Quantity:

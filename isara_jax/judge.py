@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Sequence
 
-from isara_jax.arms import Arms
-from isara_jax.common import atomic_write
+from isara_jax.arms import Arms, Result
+from isara_jax.common import atomic_write, write_jsonl
 from isara_jax.console import Console
 from isara_jax.evals import evaluate, verdict
-from isara_jax.evals.quantities import QUANTITIES
+from isara_jax.evals.quantities import QUANTITIES, Quantity
 from isara_jax.methods.setting import Setting
 from isara_jax.metrics import MetricsWriter
 from isara_jax.session import Session
@@ -26,7 +27,8 @@ def announce(session: Session) -> None:
     """Say, before anything is generated, what will be judged by what, on which rows, against which baselines."""
     chosen, settings, console = session.eval_set, session.config.eval, session.console
     if chosen is None:
-        console.note("nothing judges this run: name a benchmark or a file of held-out questions with --config.eval.benchmark")
+        console.note("nothing judges this run: keep pairs for it with --config.data.test_share=0.25 (at least 8 pairs) or --config.data.folds=3, "
+                     "or name a file of others with --config.data.test=FILE")
         return
     against = [a for a in BASELINES if a in settings.chosen_arms]
     console.note(f"to be judged: {chosen.primary.label} of the {settings.model} iteration on {len(chosen.rows)} {chosen.split} rows of "
@@ -49,26 +51,40 @@ def judge(session: Session, setting: Setting, work: Work, history: Sequence[dict
             session.console.warn("no iteration kept a pair, so there is nothing to judge")
         return None
     session.console.rule("evaluation")
-    t = work.checkpoints.best() if session.config.eval.model == "best" else None
-    results = list(Arms(session, setting, work, iterations, t or iterations[-1]).results())
-    judged = {r.arm: r.rows for r in results if r.judged}
-    said = verdict.verdict(chosen.primary, judged["isara"], {a: judged[a] for a in BASELINES if a in judged}, judged.get(CONTROL))
-    arms = [{"arm": r.arm, "form": r.form, "judged": r.judged, "quantities": evaluate.summarise(r.rows)} for r in results]
-    made = {"benchmark": chosen.name, "note": chosen.note, "split": chosen.split, "rows": len(chosen.rows), "label": session.config.eval.label,
-            "primary": chosen.primary.name, "iteration": t or iterations[-1], "model": session.blueprint.source.name, "dtype": session.dtype,
-            "seed": session.config.seed, "arms": arms, "verdict": said.to_dict(), "sentences": verdict.sentences(said),
-            "yield": round(sum(h["kept"] for h in history) / sum(h["requests"] for h in history), 6),
-            "scaling_ratio": round(sum(h["kept"] for h in history) / len(session.seed_set.pairs), 6)}
-    folder, text = session.workdir.evaluation / chosen.split, json.dumps(made, indent=1) + "\n"
-    if not (folder / "results.json").exists() or (folder / "results.json").read_text(encoding="utf-8") != text:
-        atomic_write(folder / "table.md", markdown(made))
-        atomic_write(folder / "results.json", text)
-        for arm in arms:  # once, however often the run is started again
-            metrics.write("evaluation", iteration=made["iteration"], stage=f"{arm['arm']}.{arm['form']}", split=chosen.split,
+    t = (work.checkpoints.best() if session.config.eval.model == "best" else None) or iterations[-1]
+    results = list(Arms(session, setting, work, iterations, t).results())
+    made = compared(results, chosen.primary) | {
+        "benchmark": chosen.name, "note": chosen.note, "split": chosen.split, "rows": len(chosen.rows), "label": session.config.eval.label,
+        "iteration": t, "model": session.blueprint.source.name, "dtype": session.dtype, "seed": session.config.seed,
+        "yield": round(sum(h["kept"] for h in history) / sum(h["requests"] for h in history), 6),
+        "scaling_ratio": round(sum(h["kept"] for h in history) / len(session.seed_set.pairs), 6)}
+    items = [{"id": i.id, "question": i.question, "answer": i.answer, "kind": i.kind} for i in chosen.rows]
+    if write(session.workdir.evaluation / chosen.split, made, items):
+        for arm in made["arms"]:  # once, however often the run is started again
+            metrics.write("evaluation", iteration=t, stage=f"{arm['arm']}.{arm['form']}", split=chosen.split,
                           **{q["name"]: q["value"] for q in arm["quantities"]})
     show(session.console, made)
-    session.console.note(f"the whole table: {folder / 'table.md'}; every row of every arm beside it")
+    session.console.note(f"the whole table: {session.workdir.evaluation / chosen.split / 'table.md'}; every row of every arm beside it")
     return made
+
+
+def compared(results: Sequence[Result], primary: Quantity) -> dict[str, Any]:
+    """What each arm's rows sum to, and the verdict on `primary` of the arm isara against the baselines among them."""
+    judged = {r.arm: r.rows for r in results if r.judged}
+    said = verdict.verdict(primary, judged["isara"], {a: judged[a] for a in BASELINES if a in judged}, judged.get(CONTROL))
+    arms = [{"arm": r.arm, "form": r.form, "judged": r.judged, "file": r.file, "quantities": evaluate.summarise(r.rows)} for r in results]
+    return {"primary": primary.name, "arms": arms, "verdict": said.to_dict(), "sentences": verdict.sentences(said)}
+
+
+def write(folder: Path, made: dict[str, Any], items: Sequence[dict[str, Any]]) -> bool:
+    """Write results.json, table.md and items.jsonl (the rows' questions and references); whether anything is new in the results."""
+    text = json.dumps(made, indent=1) + "\n"
+    write_jsonl(folder / "items.jsonl", items)
+    if (folder / "results.json").exists() and (folder / "results.json").read_text(encoding="utf-8") == text:
+        return False
+    atomic_write(folder / "table.md", markdown(made))
+    atomic_write(folder / "results.json", text)
+    return True
 
 
 # --------------------------------------------------------------------------------------------------------------------------- text

@@ -24,10 +24,15 @@ def key(weights: str, form: str, items: str, lm: LM, what: Sequence[Any]) -> str
     return content_hash(weights, form, items, json.dumps([FORMAT, jaxlib.__version__, arithmetic, what]))
 
 
-def rows(folder: Path, name: str, key: str, make: Callable[[], Rows], *, reuse: bool) -> Rows:
-    """The evaluation rows `name` of identity `key`: from `folder`, else from the cache (with `reuse`), else made and written to both.
+def path(folder: Path, name: str, key: str) -> Path:
+    """The file of the evaluation rows `name` of identity `key` in a workdir's folder."""
+    return folder / f"{name}-{key[:8]}.jsonl"
 
-    A damaged file of the cache is made anew; one of `folder` is a `UserError`, as for every finished stage.
+
+def rows(path: Path, key: str, make: Callable[[], Rows], *, reuse: bool) -> Rows:
+    """The evaluation rows of identity `key`: from their file `path`, else from the cache (with `reuse`), else made and written to both.
+
+    A damaged file of the cache is made anew; at `path` it is a `UserError`, as for every finished stage.
     """
     cached = cache_folder() / "evaluations" / f"{key}.jsonl"
 
@@ -43,4 +48,4 @@ def rows(folder: Path, name: str, key: str, make: Callable[[], Rows], *, reuse: 
         done.unlink(missing_ok=True)
         return stage(cached, make)
 
-    return stage(folder / f"{name}-{key[:8]}.jsonl", find if reuse else make)
+    return stage(path, find if reuse else make)

@@ -152,14 +152,16 @@ class LM:
         samples = [Sample(c.text if c.text is not None else self.tokenizer.decode(c.ids), c.ids, c.finish) for c in made]
         return [samples[i * n:(i + 1) * n] for i in range(len(prompts))]
 
-    def run(self, requests: Sequence[Request], *, seed: int, on_progress=None) -> list:
+    def run(self, requests: Sequence[Request], *, seed: int, on_progress=None, on_text=None) -> list:
         """Completions of prepared requests, in their order: what `generate` and the loop are made of.
+
+        `on_progress` and `on_text` are called while they are drawn (`decode.generate.generate`).
 
         Raises `UserError` where keys and values of all slots would not fit the memory that is free, with the number of slots that would.
         """
         self._check_room(requests)
         return generate(self._compute_params(), self.cfg, self.engine, self.mesh, requests, seed=seed, stop_ids=self.tokenizer.stop_ids,
-                        decode=self.tokenizer.decode, context=self.context, on_progress=on_progress)
+                        decode=self.tokenizer.decode, context=self.context, on_progress=on_progress, on_text=on_text)
 
     # ------------------------------------------------------------------------------------------------------------------------
     def _check_room(self, requests: Sequence[Request]) -> None:

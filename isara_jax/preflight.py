@@ -20,6 +20,7 @@ from isara_jax.models.assets import cache_folder
 from isara_jax.models.config import ModelConfig
 
 SHARE_OF_PEAK = 0.5  # of the measured speed of a large product that a whole run reaches (measured on 2 cores with SmolLM2-135M)
+SLOT_SHARE = 0.6     # of the memory there is that sampling may take before slots are given up: others use the machine too
 GIB = 2**30
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
@@ -156,11 +157,9 @@ def check_memory(cfg: ModelConfig, dtype: str, devices: Sequence[Any], *, fsdp: 
         devices: of the mesh; its axes `fsdp` and `tensor` share out parameters, the rest of it rows alone.
         shape: `slots`, `tokens_per_slot`, `batch` and `train_tokens` of `memory_needed`.
     """
-    needed = memory_needed(cfg, dtype, devices=len(devices), fsdp=fsdp, tensor=tensor, **shape)
-    cpu = devices[0].platform == "cpu"
-    if cpu:  # all devices live in this process; half a GiB is Python, jaxlib and what else is loaded
-        needed = {stage: n * len(devices) + GIB // 2 for stage, n in needed.items()}
-    there, free = memory_there(devices[0])
+    sizes = {"devices": devices, "fsdp": fsdp, "tensor": tensor}
+    needed = memory_in_all(cfg, dtype, **sizes, **shape)
+    cpu, (there, free) = devices[0].platform == "cpu", memory_there(devices[0])
     said = f"memory: about {needed['sampling'] / GIB:.1f} GiB for sampling and {needed['training'] / GIB:.1f} GiB for training"
     if not there:
         return f"{said}; how much there is could not be found out"
@@ -169,11 +168,29 @@ def check_memory(cfg: ModelConfig, dtype: str, devices: Sequence[Any], *, fsdp: 
     if most > there:
         ways = ["take a smaller model"] + ([] if cpu else [
             "share out the parameters over more devices (--config.mesh.data=1 --config.mesh.fsdp=-1)"])
-        smallest = memory_needed(cfg, dtype, devices=len(devices), fsdp=fsdp, tensor=tensor, **shape | {"batch": 1, "slots": 2})
-        if max(smallest.values()) * (len(devices) if cpu else 1) <= there:
+        if max(memory_in_all(cfg, dtype, **sizes, **shape | {"batch": 1, "slots": 2}).values()) <= there:
             ways.insert(0, f"lower {'--config.generate.slots' if needed['sampling'] > needed['training'] else '--config.sft.batch'}")
         raise UserError(f"{said}: that cannot suffice. {', or '.join(ways).capitalize()}.")
     return said + (f"; but only {free / GIB:.1f} GiB are free now: close other programs" if most > free else "")
+
+
+def slots_that_fit(cfg: ModelConfig, dtype: str, devices: Sequence[Any], *, slots: int, **sizes: int) -> int:
+    """`slots`, halved until sampling takes at most `SLOT_SHARE` of the memory there is; as they are where 2 would not help either."""
+    there, _ = memory_there(devices[0])
+    fits = lambda n: not there or memory_in_all(cfg, dtype, devices, slots=n, batch=1, train_tokens=1, **sizes)["sampling"] <= SLOT_SHARE * there
+    if not fits(2):
+        return slots
+    while not fits(slots):
+        slots = max(slots // 2, 2)
+    return slots
+
+
+def memory_in_all(cfg: ModelConfig, dtype: str, devices: Sequence[Any], **sizes: int) -> dict[str, int]:
+    """`memory_needed` of a device; on CPUs of this whole process, where all devices live: half a GiB is Python, jaxlib and the rest."""
+    needed = memory_needed(cfg, dtype, devices=len(devices), **sizes)
+    if devices[0].platform != "cpu":
+        return needed
+    return {stage: n * len(devices) + GIB // 2 for stage, n in needed.items()}
 
 
 def memory_needed(cfg: ModelConfig, dtype: str, *, slots: int, tokens_per_slot: int, batch: int, train_tokens: int, devices: int = 1,

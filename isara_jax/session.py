@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import statistics
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from isara_jax.retrieval.store import VectorStore
 from isara_jax.workdir import Workdir
 
 METHODS = {"isara": isara}
+EXEMPLARS = 5  # most exemplars in a prompt where config.retrieval.k is derived: the default's number
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,16 @@ class Session:
     def room(self) -> int:
         """Most tokens of a prompt that such an answer is to follow."""
         return self.blueprint.context - max(self.eval_tokens, self.limits.answer)
+
+    @functools.cached_property
+    def longest_pair(self) -> int:
+        """Tokens of the longest seed pair, as it is trained on."""
+        return max(len(self.example(s.question, s.answer).tokens) for s in self.seed_set.pairs)
+
+    @property
+    def slot_tokens(self) -> int:
+        """Tokens that a row in decoding may hold: a prompt of k of the longest pairs and an answer."""
+        return min(self.blueprint.context, (self.config.retrieval.k + 1) * self.longest_pair + self.limits.answer)
 
     @property
     def form(self) -> forms.Form:
@@ -116,10 +128,16 @@ def open_session(blueprint: Blueprint, seed_set: seeds.SeedSet, eval_set: EvalSe
                         "Name it as eos_token in its tokenizer_config.json.")
     template = make_template(config, blueprint)
     train, held_out = seeds.split_holdout(seed_set.pairs, config.data.holdout)
+    limits = _limits(config, seed_set.pairs, tokenizer)
     session = Session(config, blueprint, dtype, mesh, workdir, console, seed_set, eval_set, tuple(map(record, train)), tuple(held_out),
-                      template, _limits(config, seed_set.pairs, tokenizer), Embedder.from_source(config.retrieval.encoder))
+                      template, limits, Embedder.from_source(config.retrieval.encoder))
     _check_lengths(session)
-    return session
+    if config.retrieval.k < 0:
+        retrieval = dataclasses.replace(config.retrieval, k=_exemplars(session))
+        session = dataclasses.replace(session, config=dataclasses.replace(config, retrieval=retrieval))
+        console.note(f"retrieval.k is {retrieval.k}, derived from the lengths of the pairs (at most {EXEMPLARS}) and the context of "
+                     f"{blueprint.context:,} tokens")
+    return _with_slots_that_fit(session)
 
 
 def make_template(config: Config, blueprint: Blueprint) -> Template:
@@ -147,6 +165,9 @@ def report_seeds(session: Session) -> None:
     if config.retrieval.k > len(session.train_seeds):
         console.warn(f"retrieval.k={config.retrieval.k} is more than the {len(session.train_seeds)} seeds to retrieve from: prompts hold "
                      "all of them")
+    derived = lambda kind: "" if getattr(config.generate, kind).max_new_tokens else ", a quarter more than the longest seed's"
+    console.note(f"a new question may take {session.limits.question} tokens{derived('question')}; an answer {session.limits.answer}"
+                 f"{derived('answer')}")
     for kind in ("question", "answer"):
         shares = filters.seed_shares(pairs, kind, config.filters)
         said = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
@@ -233,6 +254,26 @@ def _limits(config: Config, pairs: Sequence[seeds.Seed], tokenizer: Any) -> Limi
     derive = lambda texts: 8 * math.ceil(1.25 * longest(texts) / 8)
     return Limits(config.generate.question.max_new_tokens or derive([s.question for s in pairs]),
                   config.generate.answer.max_new_tokens or derive([s.answer for s in pairs]))
+
+
+def _exemplars(session: Session) -> int:
+    """The derived k: as many pairs of usual length as stand before the longest question, at most `EXEMPLARS` and no more than there are."""
+    lengths = [len(session.example(s.question, s.answer).tokens) for s in session.seed_set.pairs]
+    room = session.blueprint.context - max(session.limits.question, session.limits.answer)
+    room = min(session.config.prompt.budget or room, room)
+    return max(1, min(EXEMPLARS, len(session.train_seeds), int((room - max(lengths)) / statistics.mean(lengths))))
+
+
+def _with_slots_that_fit(session: Session) -> Session:
+    """Long pairs take long rows: fewer of them are decoded at a time where the memory asks for it."""
+    config, mesh = session.config, session.mesh
+    slots = preflight.slots_that_fit(session.cfg, session.dtype, mesh.devices.flatten().tolist(), fsdp=mesh.shape["fsdp"],
+                                     tensor=mesh.shape["tensor"], slots=config.generate.slots, tokens_per_slot=session.slot_tokens)
+    if slots == config.generate.slots:
+        return session
+    session.console.note(f"generate.slots={slots} instead of {config.generate.slots}: rows of up to {session.slot_tokens} tokens would not "
+                         "leave enough memory")
+    return dataclasses.replace(session, config=dataclasses.replace(config, generate=dataclasses.replace(config.generate, slots=slots)))
 
 
 def _check_lengths(session: Session) -> None:

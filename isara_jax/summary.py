@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any, Sequence
 
+from isara_jax import advice, report
 from isara_jax.common import atomic_write, read_jsonl
-from isara_jax.data.pool import Record
+from isara_jax.console import Console
+from isara_jax.data.pool import Pool, Record
 from isara_jax.ledger import Ledger
 from isara_jax.metrics import MetricsWriter
 from isara_jax.session import Session
@@ -40,7 +42,11 @@ def funnel(folder: Path) -> dict[str, Any]:
     for row in read_jsonl(folder / "rejected.jsonl"):
         name = f"{row['stage']} {row['reason']}"
         rejected[name] = rejected.get(name, 0) + 1
-    return {"requests": len(questions), "questions": len(answers), "pairs": sum(a["accepted"] for a in answers), "rejected": rejected}
+    pairs = sum(a["accepted"] for a in answers)
+    if (folder / "review.jsonl").exists():
+        turned_down = sum(row["decision"] in ("reject", "deleted") for row in read_jsonl(folder / "review.jsonl"))
+        pairs, rejected = pairs - turned_down, rejected | ({"review human": turned_down} if turned_down else {})
+    return {"requests": len(questions), "questions": len(answers), "pairs": pairs, "rejected": rejected}
 
 
 def tell(session: Session, t: int, before: dict[str, Any], summary: dict[str, Any], ledger: Ledger) -> None:
@@ -48,7 +54,8 @@ def tell(session: Session, t: int, before: dict[str, Any], summary: dict[str, An
     console, folder = session.console, session.workdir.iteration(t)
     console.funnel_table(t, summary["funnel"])
     if summary["kept"]:
-        console.pairs_table(read_jsonl(folder / "kept.jsonl")[:5])
+        new = [r for r in Pool(session.workdir.pool).snapshot(t) if r.iteration == t]
+        console.pairs_table([r.to_row() for r in new[:5]])
         console.samples_table(read_jsonl(session.workdir.iteration(0) / "samples.jsonl"), read_jsonl(folder / "samples.jsonl"))
     if summary["held_out"] is not None:
         console.note(f"held-out loss {before['held_out']:.4f} before, {summary['held_out']:.4f} after iteration {t} (nats per answer "
@@ -75,6 +82,22 @@ def conclude(session: Session, before: dict[str, Any], history: Sequence[dict[st
     if losses:
         console.note("held-out loss: " + " -> ".join(f"{x:.4f}" for x in losses) + ". It says how closely the references are imitated, not "
                      "whether answers are right")
-    console.note("generated answers are not fact-checked: read kept.jsonl before you rely on them")
-    console.note(f"pool {root / 'pool'}; pairs and rejections {root / 'iterations'}; parameters {root / 'checkpoints'} (last: iteration "
-                 f"{last}); cards {root / 'model_card.md'}, {root / 'dataset_card.md'}")
+    console.note("generated answers are not fact-checked: read them before you rely on them")
+    console.note(f"page {root / 'report.html'}; pool {root / 'pool'}; pairs and rejections {root / 'iterations'}; parameters "
+                 f"{root / 'checkpoints'} (last: iteration {last}); cards {root / 'model_card.md'}, {root / 'dataset_card.md'}")
+
+
+def next_steps(console: Console, root: Path) -> None:
+    """What to do with the outcome, each step with its command."""
+    console.rule("what next")
+    for step in advice.advise(root):
+        console.note(f"- {step.text}" + (f"\n    {step.command}" if step.command else ""))
+
+
+def page(session: Session) -> None:
+    """Write report.html anew. A page that fails must not take a run with it."""
+    try:
+        report.write(session.workdir.root)
+    except Exception as e:
+        session.console.warn(f"report.html could not be written ({type(e).__name__}: {e}); the run goes on. Try python -m isara_jax.report "
+                             f"--workdir={session.workdir.root} when it is done")

@@ -2,6 +2,7 @@
 
     python -m isara_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
     python -m isara_jax.train --config=configs/quickstart.py --workdir=runs/quickstart --dry_run
+    python -m isara_jax.train --config=configs/own.py --workdir=runs/mine --config.data.seeds=mine.csv --config.data.folds=3 --refit_all
 
 The same command continues an interrupted run at its first unfinished stage.
 """
@@ -13,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-from isara_jax import cards, cli, judge, preflight, preview, summary
+from isara_jax import cards, cli, evalset, folds, judge, preflight, preview, report, review, summary
 from isara_jax import lm as lm_lib
+from isara_jax.common import UserError
 from isara_jax.config import Config, from_dict
 from isara_jax.console import Console
 from isara_jax.data import seeds as seeds_lib
+from isara_jax.data import splits
 from isara_jax.data.pool import Record
-from isara_jax.evalset import load_data
+from isara_jax.folds import Job
 from isara_jax.ledger import Ledger
 from isara_jax.methods.setting import Setting
 from isara_jax.metrics import MetricsWriter
@@ -44,7 +47,8 @@ class Run:
     evaluation: dict[str, Any] | None
 
 
-def align(lm: lm_lib.LM, seeds: str | Path | Sequence[Any], config: Config | dict[str, Any] | str | None, workdir: str | Path) -> Run:
+def align(lm: lm_lib.LM, seeds: str | Path | Sequence[Any], config: Config | dict[str, Any] | str | None, workdir: str | Path, *,
+          refit_all: bool = False) -> Run:
     """Align `lm` to the domain of `seeds` with ISARA; continue when `workdir` holds an unfinished run of the same config.
 
     Args:
@@ -53,23 +57,27 @@ def align(lm: lm_lib.LM, seeds: str | Path | Sequence[Any], config: Config | dic
         config: a `Config`, a (partial) nested mapping of its fields, or a config file ("configs/tiny.py"); None takes the defaults. What
             it says of the model's name and dtype does not count: `lm` is the model.
         workdir: the folder of the run.
+        refit_all: after the judged run (or the folds), train on every pair, in `workdir`/all, and return that model.
 
-    Returns a `Run` with the model of the last iteration.
-    Raises `UserError` for seeds, configs and folders that cannot be used.
+    Returns a `Run` with the model of the last iteration; its `evaluation` is that of the judged run or of all folds.
+    Raises `UserError` for seeds, configs and folders that cannot be used, and `review.Pending` where config.review waits for a person.
     """
     if not isinstance(config, Config):
         config = from_dict(cli.load(config) if isinstance(config, str) else config or {})
-    folder = Workdir(workdir)
-    preflight.writable(folder.root)
+    if config.data.folds and not refit_all:
+        raise UserError(f"config.data.folds={config.data.folds} makes so many models, none of which has seen every pair. Call align with "
+                        "refit_all=True for one that has, or set data.folds=0.")
+    root = Workdir(workdir)
+    preflight.writable(root.root)
+    pairs = None
     if isinstance(seeds, (str, Path)):
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, seeds=str(seeds)))
-        seed_set, eval_set = load_data(config)
     else:
-        seed_set, eval_set = load_data(config, seeds_lib.from_pairs(seeds, config.data))
+        pairs = seeds_lib.from_pairs(seeds, config.data)
+    parts = folds.jobs(config, root, pairs)
     with Console(None, sensitive=config.sensitive) as console:
-        session = open_session(lm.blueprint, seed_set, eval_set, config, folder, console, lm.dtype, lm.mesh)
-        start(session)
-        return run(session, lm)
+        ready = [open_session(lm.blueprint, job.seed_set, job.eval_set, job.config, job.workdir, console, lm.dtype, lm.mesh) for job in parts]
+        return carry_out(config, root, parts, ready, lm, pairs, refit_all)
 
 
 def start(session: Session) -> None:
@@ -80,6 +88,34 @@ def start(session: Session) -> None:
     report_seeds(session)
     judge.announce(session)
     start_pool(session)
+
+
+def carry_out(config: Config, root: Workdir, parts: Sequence[Job], ready: Sequence[Session], lm: lm_lib.LM, pairs: seeds_lib.SeedSet | None,
+              refit_all: bool) -> Run:
+    """Make the runs one after the other, join the folds, and train on all pairs where that is asked for."""
+    console, made = ready[0].console, []
+    for job, session in zip(parts, ready, strict=True):
+        if job.title:
+            console.rule(job.title)
+        start(session)
+        preview.plan(session)
+        made.append(run(session, lm))
+    done = made[-1]
+    if config.data.folds:
+        for warning in folds.open_root(ready[0].config, root, parts, ready[0].resolved):
+            console.warn(warning)
+        console.log_to(root.root / "log.txt")
+        done = dataclasses.replace(done, workdir=root.root, evaluation=folds.join(console, root.root, parts, [r.evaluation for r in made]))
+        report.write(root.root)
+    summary.next_steps(console, root.root)
+    if refit_all:
+        job = folds.on_all(config, root, pairs, [r.evaluation for r in made])
+        console.rule(job.title)
+        session = open_session(lm.blueprint, job.seed_set, job.eval_set, job.config, job.workdir, console, lm.dtype, lm.mesh)
+        start(session)
+        done = dataclasses.replace(run(session, lm), evaluation=done.evaluation)
+        summary.next_steps(console, job.workdir.root)
+    return done
 
 
 # ------------------------------------------------------------------------------------------------------------------- the loop
@@ -100,6 +136,7 @@ def run(session: Session, lm: lm_lib.LM) -> Run:
             else:
                 done = summary.finish(workdir.iteration(t), iterate(session, setting, work, t), metrics)
                 summary.tell(session, t, before, done, work.ledger)
+                summary.page(session)
             history.append(done)
         metrics.write("stop", iteration=t - 1, reason=reason)
         console.note(f"stopped: {reason}")
@@ -110,6 +147,7 @@ def run(session: Session, lm: lm_lib.LM) -> Run:
         judged = judge.judge(session, setting, work, history, metrics)
         cards.write(session, pool, before, history, reason, judged)
         summary.conclude(session, before, history, pool, last)
+        summary.page(session)
         return Run(work.lm(last), pool, [before, *history], workdir.root, judged)
 
 
@@ -118,6 +156,8 @@ def iterate(session: Session, setting: Setting, work: Work, t: int) -> dict[str,
     config, method = session.config, session.method
     session.console.rule(f"iteration {t} of at most {config.stop.iterations}")
     new = method.expand(setting, t, work.sampler(t))
+    if config.review:
+        new = _reviewed(session, setting, t, new)
     setting.pool.append(t, new)
     made = {"iteration": t, "requests": config.generate.requests, "kept": len(new), "funnel": summary.funnel(session.workdir.iteration(t)),
             "pool": len(setting.pool.snapshot(t)), "held_out": None, "probe": work.probe(setting, t)}
@@ -130,15 +170,29 @@ def iterate(session: Session, setting: Setting, work: Work, t: int) -> dict[str,
     return made
 
 
+def _reviewed(session: Session, setting: Setting, t: int, new: list[Record]) -> list[Record]:
+    """What a person makes of the new pairs. An edit must stay as far from evaluation rows and held-out seeds as a generated question."""
+    barred = splits.LeakIndex([*evalset.items_of("held-out seeds", session.held_out), *(session.eval_set.guarded if session.eval_set else ())])
+    by_id = {r.id: r for r in setting.pool.snapshot(t - 1)}
+    try:
+        return review.reviewed(session.workdir.root, session.workdir.iteration(t), t, new, by_id, barred.near, session.console.note)
+    except review.Pending:
+        summary.page(session)
+        raise
+
+
 # --------------------------------------------------------------------------------------------------------------- command line
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m isara_jax.train --config=FILE --workdir=DIR [--config.section.field=VALUE …] [--dry_run]`"""
+    """`python -m isara_jax.train --config=FILE --workdir=DIR [--config.section.field=VALUE …] [--dry_run] [--refit_all]`"""
     cli.main(_train, argv)
 
 
 def _train(args: cli.Args) -> None:
-    config, workdir = args.config, Workdir(args.workdir)
-    (seed_set, eval_set), stored = load_data(config), workdir.stored()
+    config, root = args.config, Workdir(args.workdir or "unused")
+    parts = folds.jobs(config, root)
+    if args.plan_models:
+        return preview.compare(config, args.plan_models, parts)
+    stored = parts[0].workdir.stored()
     preflight.compilation_cache()
     with Console(None, sensitive=config.sensitive) as console:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -146,21 +200,27 @@ def _train(args: cli.Args) -> None:
         dtype, why = preflight.choose_dtype(asked, mesh.devices.flatten().tolist())
         console.note(f"{dtype}: {why}")
         if not args.dry_run:
-            preflight.writable(workdir.root)
+            preflight.writable(root.root)
         blueprint = lm_lib.describe(config.model.name, context=config.model.context, shape_only=args.dry_run)
         if blueprint.note:
             console.warn(blueprint.note)
-        session = open_session(blueprint, seed_set, eval_set, config, workdir, console, dtype, mesh)
+        ready = [open_session(blueprint, job.seed_set, job.eval_set, job.config, job.workdir, console, dtype, mesh) for job in parts]
         if args.dry_run:
-            report_seeds(session)
-            judge.announce(session)
-            preview.show(session)
-            return
-        missing = sum(summary.finished(workdir.iteration(t)) is None for t in range(1, config.stop.iterations + 1))
-        preflight.writable(workdir.root, preflight.disk_needed(blueprint.cfg, iterations=missing, keep=config.keep))
-        start(session)
-        preview.plan(session)
-        run(session, lm_lib.load(config.model.name, dtype, mesh=mesh, blueprint=blueprint))
+            for job, session in zip(parts, ready):
+                if job.title:
+                    console.rule(job.title)
+                report_seeds(session)
+                judge.announce(session)
+            return preview.show(ready[-1], runs=len(parts) + bool(args.refit_all))
+        missing = sum(summary.finished(job.workdir.iteration(t)) is None for job in parts for t in range(1, config.stop.iterations + 1))
+        more = config.stop.iterations if args.refit_all else 0
+        preflight.writable(root.root, preflight.disk_needed(blueprint.cfg, iterations=missing + more, keep=config.keep))
+        lm = lm_lib.load(config.model.name, dtype, mesh=mesh, blueprint=blueprint)
+        try:
+            carry_out(config, root, parts, ready, lm, None, args.refit_all)
+        except review.Pending as waiting:  # no failure: the next step is a person's
+            console.rule("your turn")
+            console.note(str(waiting))
 
 
 if __name__ == "__main__":

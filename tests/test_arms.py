@@ -69,8 +69,10 @@ def test_every_arm_is_in_the_table_in_its_forms(whole):
 
 
 def test_all_arms_are_measured_on_the_same_rows_and_every_row_is_kept(whole):
-    files = sorted((whole / "evaluation" / "dev").glob("*.jsonl"))
+    folder = whole / "evaluation" / "dev"
+    files = sorted(set(folder.glob("*.jsonl")) - {folder / "items.jsonl"})
     ids = [[row["id"] for row in read_jsonl(f)] for f in files]
+    assert {f.name for f in files} == {a["file"] for a in results(whole)["arms"]} and [i["id"] for i in read_jsonl(folder / "items.jsonl")] == ids[0]
     assert len(files) == len(results(whole)["arms"]) and len(ids[0]) == 12 and all(i == ids[0] for i in ids)
     validation = {row["id"] for f in (whole / "evaluation" / "validation").glob("*.jsonl") for row in read_jsonl(f)}
     assert len(validation) == 4 and not validation & set(ids[0])

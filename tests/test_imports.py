@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {"data", "models", "sft", "decode", "retrieval", "methods", "evals"}
 GROUND = {"common", "config", "metrics"}                    # under every room
 SHELL = {"train", "eval", "lm", "session", "preview", "cards", "cli", "checkpoint", "work", "summary", "arms", "judge", "evalset",
-         "kept"}  # entry points and what only they use
+         "kept", "trained", "advice", "review", "blind", "icl", "chat", "report", "folds"}  # entry points and what only they use
 MAY = {
     "data": {"data"} | GROUND,
     "models": {"models", "sharding"} | GROUND,
@@ -79,7 +79,7 @@ def test_the_ground_stands_on_itself():
 
 def test_checkpoint_is_imported_by_entry_points_and_the_training_loop_only():
     importers = {name(f) for f in FILES if "checkpoint" in ours(f)}
-    assert importers <= {"isara_jax/work.py", "isara_jax/eval.py", "isara_jax/sft/loop.py"}
+    assert importers <= {"isara_jax/work.py", "isara_jax/trained.py", "isara_jax/sft/loop.py"}
 
 
 def test_data_and_the_light_modules_know_no_jax():

@@ -41,7 +41,7 @@ def test_the_field_table_is_the_schema():
 def test_the_file_table_is_the_repository():
     shown = {key.strip("`") for key in ROWS if re.match(r"`(isara_jax|configs)/.*\.\w+`$", key)}
     there = {p.relative_to(ROOT).as_posix() for folder in ("isara_jax", "configs") for p in (ROOT / folder).rglob("*")
-             if p.is_file() and p.suffix in (".py", ".jsonl", ".json")}
+             if p.is_file() and p.suffix in (".py", ".jsonl", ".json", ".csv", ".css", ".js", ".j2", ".html")}
     assert shown == {p for p in there if not p.endswith("/__init__.py") or p == "isara_jax/__init__.py"}
 
 
@@ -66,7 +66,7 @@ def test_the_python_example_fits_the_interface():
         bound = inspect.signature(getattr(owner, call.func.attr))
         bound.bind(*([None] if owner is isara_jax.LM else []), *call.args, **{k.arg: k.value for k in call.keywords})
         called += 1
-    assert called == 7
+    assert called == 8
 
 
 def test_extras_are_those_of_the_package():

@@ -1,11 +1,16 @@
 """Seeds: files as people have them, messages for those that cannot be used, the split, and the built-in set."""
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
 import random
+import zipfile
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from isara_jax.common import UserError, read_jsonl
 from isara_jax.config import Data
@@ -38,6 +43,9 @@ ROWS = [{"question": q, "answer": a} for q, a in TWO]
 @pytest.mark.parametrize("name, content", [
     ("a.csv", CSV),
     ("a.csv", CSV.replace(",", ";")),
+    ("a.csv", CSV.replace(",", "|")),
+    ("a.csv", "sep=;\r\n" + CSV.replace(",", ";")),                    # told to Excel, which shows no such row
+    ("a.csv", CSV.replace("question,answer", "question,answer,")),      # a third column that is empty and has no name
     ("a.tsv", CSV.replace(",", "\t")),
     ("a.csv", b"\xef\xbb\xbf" + CSV.encode()),
     ("a.csv", CSV.replace("\n", "\r\n")),
@@ -84,6 +92,36 @@ def test_columns_by_name(tmp_path):
     assert texts(load(tmp_path, "a.csv", content, question="frage", answer="Best Answer")) == [("Warum?", "Darum.")]
 
 
+@pytest.mark.parametrize("header", [
+    "Frage;Antwort", "question;Réponse", "Question;Re\u0301ponse", "PREGUNTA;Respuesta", "pergunta;resposta", "Domanda;Risposta",
+    "vraag;antwoord", "fråga;svar", "Pytanie;Odpowiedź", "otázka;odpověď", "Вопрос;Ответ", "Soru;Cevap", "質問;回答", "问题;答案",
+    "질문;답변", "سؤال;جواب"])
+def test_columns_are_known_in_other_languages(tmp_path, header):
+    """Whatever the case, and with accents composed (as Windows writes them) or not (as a Mac may)."""
+    assert texts(load(tmp_path, "a.csv", f"id;{header}\n7;Warum?;Darum.\n")) == [("Warum?", "Darum.")]
+
+
+def test_an_english_column_goes_before_its_translation(tmp_path):
+    seed_set = load(tmp_path, "a.csv", "Frage,question,answer\nWarum?,Why?,So.\nWie?,How?,Thus.\n")
+    assert texts(seed_set) == [("Why?", "So."), ("How?", "Thus.")]
+    assert len(seed_set.warnings) == 1 and "from the column 'question', not from 'Frage'" in seed_set.warnings[0]
+
+
+CELL = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")).map(str.strip).filter(bool)
+
+
+@given(st.lists(st.tuples(CELL, CELL), min_size=1, max_size=5, unique_by=lambda pair: pair[0].casefold()),
+       st.sampled_from(",;\t|"), st.sampled_from(["\n", "\r\n"]), st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]))
+def test_what_a_csv_writer_wrote_is_read_back(tmp_path_factory, rows, delimiter, end, quoting):
+    assume(quoting == csv.QUOTE_ALL or not any("\r" in cell for row in rows for cell in row))  # which this writer leaves unquoted
+    file = io.StringIO(newline="")
+    csv.writer(file, delimiter=delimiter, lineterminator=end, quoting=quoting).writerows([("question", "answer"), *rows])
+    seed_set = load(tmp_path_factory.getbasetemp(), "written.csv", file.getvalue())
+    lines_as_read = lambda text: text.replace("\r\n", "\n").replace("\r", "\n")
+    assert texts(seed_set) == [(lines_as_read(q), lines_as_read(a)) for q, a in rows]
+    assert [p.row for p in seed_set.pairs] == list(range(2, len(rows) + 2))
+
+
 def test_a_choice_between_columns_is_said(tmp_path):
     rows = [{"completion": "C.", "question": "Q?", "answer": "A."}, {"completion": "C.", "question": "R?", "answer": "B."}]
     seed_set = load(tmp_path, "a.jsonl", lines(*rows))
@@ -103,6 +141,9 @@ def test_provenance_from_the_row_then_the_config_then_unknown(tmp_path):
     warnings = load(tmp_path, "a.jsonl", content, author="human", source="", licence="").warnings
     assert len(warnings) == 2
     assert "the source of the seeds is unknown" in warnings[0] and "the licence of 1 of the seeds is unknown" in warnings[1]
+    [warning] = load(tmp_path, "a.jsonl", lines(*ROWS), author="", source="", licence="").warnings
+    assert "the author, source and licence of the seeds are unknown, and every generated pair inherits that; say them with " in warning
+    assert "--config.data.author=… --config.data.source=… --config.data.licence=… or columns 'author', 'source' and 'licence'" in warning
 
 
 def test_pairs_from_python():
@@ -132,6 +173,23 @@ def test_ten_thousand_seeds_warn_and_work(tmp_path):
     assert len(held_out) == 1250 and len(train) == 8750
 
 
+def test_a_thousand_seeds_warn(tmp_path):
+    rows = [{"question": f"What is number {i}?", "answer": f"It is {i}."} for i in range(1000)]
+    assert load(tmp_path, "a.jsonl", lines(*rows[:999])).warnings == ()
+    assert "1,000 seeds; this works, but the method is meant for fewer" in load(tmp_path, "a.jsonl", lines(*rows)).warnings[0]
+
+
+def archive(**files):
+    """The bytes of a zip archive; a double underscore in a name stands for a slash, a single one for a point."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as f:
+        for name, content in files.items():
+            f.writestr(name.replace("__", "/").replace("_", "."), content)
+    return data.getvalue()
+
+
+OLD_OFFICE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 500
+SPREADSHEET = "application/vnd.oasis.opendocument.spreadsheet"
 GOOD = lines(*ROWS)
 PROBLEMS = {
     "empty": ("a.csv", " \n", "a.csv is empty"),
@@ -144,8 +202,22 @@ PROBLEMS = {
     "no objects": ("a.json", '[["Why?", "So."]]', "a.json, item 1: must be an object with named fields, but is a list"),
     "no list": ("a.json", "3", "a.json holds a number"),
     "several lists": ("a.json", json.dumps({"train": ROWS, "test": ROWS}), "several lists: train, test"),
-    "wrong columns": ("a.csv", "frage,antwort\na,b\n", 
-                      r"no column for questions .question, prompt.* or for answers .*which the first row must name: 'frage', 'antwort'"),
+    "wrong columns": ("a.csv", "thema,inhalt\na,b\n",
+                      r"no column for questions .question, prompt.* or for answers .*which the first row must name: 'thema', 'inhalt'"),
+    "long names": ("a.csv", "Time,What is your question to us?,And what would be the right answer?\n1,a,b\n",
+                   "--config.data.question='What is your question to us.' --config.data.answer='And what"),
+    "no header": ("a.csv", "Why is the sky blue?,Air scatters it.\nWhat is ice?,Water.\n",
+                  "the first row seems to be a pair .'Why is the sky blue.'.*Put a row above it"),
+    "title above": ("a.csv", "Our FAQ,\n,\nquestion,answer\nWhy?,So.\n", "names of the columns seem to stand in row 3. Remove the rows"),
+    "title in one cell": ("a.csv", "Our FAQ\nFrage;Antwort\nWarum?;Darum.\n",
+                          "names of the columns .'Frage;Antwort'. stand below the first row"),
+    "title and no names": ("a.csv", "Our FAQ\nWhy?,So.\nHow?,Thus.\n", "only one column, 'Our FAQ', .*name both in the first row"),
+    "one column": ("a.csv", "question\nWhy?\nHow?\n", "only one column, 'question', .*Put the answers into a second column"),
+    "unknown delimiter": ("a.csv", "question^answer\nWhy?^So.\n", r"only one column, 'question\^answer', .*seem to be divided by '\^'"),
+    "rows quoted whole": ("a.csv", '"question,answer"\n"Why?,So."\n', "each row is quoted as a whole, so ',' divides nothing"),
+    "empty cells": ("a.csv", ",\n,\n", "a.csv holds only empty cells"),
+    "merged cells": ("a.csv", "question,answer\nWhy?,So.\n,And so.\n",
+                     "a.csv, row 3: the question .* is empty, though there is an answer .of merged cells only the first keeps its text"),
     "asked column": ("a.csv", "a b,answer\nx,y\n", r"no column for questions \(ab\).*--config.data.question='a b'"),
     "one column for both": ("a.csv", "text,x\ny,z\n", "'text' cannot hold both"),
     "near column": ("a.jsonl", lines({"questions": "a", "answer": "b"}), "--config.data.question=questions"),
@@ -163,9 +235,22 @@ PROBLEMS = {
     "cp1252": ("a.csv", "question,answer\nWhy?,So.\nCaf\xe9?,Oui.\n".encode("cp1252"),
                r"a.csv, line 3: byte 0xe9 \(it would be 'é'.*iconv -f CP1252 -t UTF-8 a.csv"),
     "neither UTF-8 nor cp1252": ("a.csv", b"question,answer\n\x81,\xff\n", "line 2: byte 0x81 is not UTF-8. Save"),
-    "UTF-16": ("a.csv", CSV.encode("utf-16"), "iconv -f UTF-16"),
+    "UTF-16": ("a.csv", CSV.encode("utf-16"), "seems to be UTF-16 .Excel's 'Unicode Text'.*iconv -f UTF-16"),
     "NUL": ("a.csv", CSV.encode("utf-16-le"), "line 1: holds NUL bytes"),
-    "workbook": ("a.xlsx", b"PK\x03\x04....", "save it as 'CSV UTF-8'"),
+    "workbook": ("a.xlsx", archive(xl__workbook_xml="x"),
+                 "is an Excel workbook. Open it in Excel and save it as 'CSV UTF-8' .File > Save As"),
+    "workbook as CSV": ("a.csv", archive(xl__workbook_xml="x"), "a.csv is an Excel workbook. .*'CSV UTF-8'"),
+    "workbook cut short": ("a.xlsx", archive(xl__workbook_xml="x")[:30], "is a zip archive, .*save it as 'CSV UTF-8'"),
+    "old workbook": ("a.xls", OLD_OFFICE, "is an old Excel workbook. .*'CSV UTF-8'"),
+    "locked workbook": ("a.xlsx", OLD_OFFICE + "EncryptedPackage".encode("utf-16-le"), "is an Excel workbook with a password"),
+    "LibreOffice": ("a.ods", archive(mimetype=SPREADSHEET, content_xml="x"), "is a LibreOffice spreadsheet. .*'Text CSV'"),
+    "Numbers": ("a.numbers", archive(Index__Document_iwa="x"), "is a Numbers document. .*Export To > CSV"),
+    "Word": ("a.csv", archive(word__document_xml="x"), "is a Word document. Copy its questions and answers into two columns"),
+    "old Word": ("a.doc", OLD_OFFICE + "WordDocument".encode("utf-16-le"), "is an old Word document"),
+    "another archive": ("a.zip", archive(a_csv=CSV), "is a zip archive, .*or unzip it"),
+    "PDF": ("a.pdf", b"%PDF-1.7\n", "is a PDF. Copy"),
+    "RTF": ("a.rtf", b"{\\rtf1\\ansi Why?}", "is a text document .RTF"),
+    "web page": ("a.xls", "<html><body><table><tr><td>question</td></tr></table></body></html>", "is a web page or XML.*'CSV UTF-8'"),
     "parquet": ("a.parquet", b"PAR1....", "is a Parquet file"),
 }
 
@@ -179,6 +264,18 @@ def test_problems_are_named_with_file_row_and_next_step(tmp_path, case):
     with pytest.raises(UserError, match=f"(?s){message}") as e:
         load(tmp_path, name, content, **ASKED.get(case, {}))
     assert str(tmp_path / name) in str(e.value)
+
+
+BEGINNINGS = (b"", b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"\x1f\x8b\x08", b"\xef\xbb\xbf", b"\xff\xfe", b"<", b"{", b"[", b"sep=", b'"',
+              b"question,answer\n")
+
+
+@given(st.sampled_from(BEGINNINGS), st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused_with_a_message(tmp_path_factory, beginning, rest):
+    try:
+        assert load(tmp_path_factory.getbasetemp(), "any.csv", beginning + rest).pairs
+    except UserError as e:
+        assert "any.csv" in str(e)
 
 
 def test_ten_problems_are_shown_and_the_rest_counted(tmp_path):

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import collections
 import difflib
+import functools
 from dataclasses import dataclass
 from typing import Any, Callable, Sequence
 
 from isara_jax import config
 from isara_jax.common import UserError
-from isara_jax.data.rouge import NoveltyIndex, tokens
+from isara_jax.data import rouge
+from isara_jax.data.rouge import NoveltyIndex
+
+
+tokens = functools.lru_cache(maxsize=64)(rouge.tokens)  # several filters look at one text in turn; none changes the list
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,12 @@ def echo(c: Candidate, settings: config.Filters, accepted: NoveltyIndex | None) 
 
 def is_question(c: Candidate, settings: config.Filters, accepted: NoveltyIndex | None) -> Verdict:
     """Ends with a question mark of some script (optional: instructions are questions of another form)."""
-    return Verdict("is_question", c.question.rstrip("\"'”’»)」』 ").endswith(("?", "？", "؟", "\u037e", "፧")))
+    return Verdict("is_question", asks(c.question))
+
+
+def asks(question: str) -> bool:
+    """Whether a text ends with a question mark of some script, closing quotes and brackets aside."""
+    return question.rstrip("\"'”’»)」』 ").endswith(("?", "？", "؟", "\u037e", "፧"))
 
 
 def novelty(c: Candidate, settings: config.Filters, accepted: NoveltyIndex | None) -> Verdict:
@@ -123,15 +133,25 @@ def run(stage: str, candidate: Candidate, settings: config.Filters, accepted: No
     return verdicts
 
 
-def seed_shares(pairs: Sequence[Any], stage: str, settings: config.Filters) -> dict[str, float]:
-    """The share of the seeds that each filter of a stage would reject by itself, novelty aside.
+def seed_rejections(pairs: Sequence[Any], stage: str, settings: config.Filters) -> dict[str, list[int]]:
+    """The indices of the seeds that each filter of a stage would reject by itself, novelty aside.
 
-    For `exemplar_copy` the other seeds are the exemplars: it is the share whose question (or answer) stands word by word in another seed.
+    For `exemplar_copy` the other seeds are the exemplars: it is those whose question (or answer) stands word by word in another seed.
     """
-    candidates = [Candidate(p.question, p.answer if stage == "answer" else None, "stop", None, ()) for p in pairs]
-    counts = collections.Counter(tuple(tokens(c.text)) for c in candidates)
+    rejected: dict[str, list[int]] = {name: [] for name in getattr(settings, stage) if name != "novelty"}
+    words = []
+    for i, pair in enumerate(pairs):
+        candidate = Candidate(pair.question, pair.answer if stage == "answer" else None, "stop", None, ())
+        words.append(tuple(tokens(candidate.text)))
+        for name, found in rejected.items():
+            if name != "exemplar_copy" and not FILTERS[stage][name](candidate, settings, None).passed:
+                found.append(i)
+    if "exemplar_copy" in rejected:
+        counts = collections.Counter(words)
+        rejected["exemplar_copy"] = [i for i, text in enumerate(words) if counts[text] > 1]
+    return rejected
 
-    def rejects(name: str, c: Candidate) -> bool:
-        return counts[tuple(tokens(c.text))] > 1 if name == "exemplar_copy" else not FILTERS[stage][name](c, settings, None).passed
 
-    return {name: sum(rejects(name, c) for c in candidates) / len(candidates) for name in getattr(settings, stage) if name != "novelty"}
+def seed_shares(pairs: Sequence[Any], stage: str, settings: config.Filters) -> dict[str, float]:
+    """The share of the seeds that each filter of a stage would reject by itself: see `seed_rejections`."""
+    return {name: len(rejected) / len(pairs) for name, rejected in seed_rejections(pairs, stage, settings).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import math
+import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,30 @@ from rapidfuzz.distance import LCSseq
 from isara_jax import config
 from isara_jax.common import UserError, content_hash
 from isara_jax.data import rouge
-from isara_jax.data.tables import Row, Table, complaint, describe, read_table, short
+from isara_jax.data.tables import DELIMITERS, Row, Table, complaint, describe, read_table, short
 
-COLUMNS = {"question": ("question", "prompt", "instruction"), "answer": ("answer", "response", "output", "completion")}
+USUAL = {"question": ("question", "prompt", "instruction"), "answer": ("answer", "response", "output", "completion")}
+# … and as people head their columns in other languages, for which nothing else has to be said.
+TRANSLATED = {
+    "question": (
+        "frage", "pregunta", "pergunta", "questão", "domanda", "întrebare", "intrebare",  # German, Spanish, Portuguese, Italian, Romanian;
+        "vraag", "fråga", "spørgsmål", "spørsmål", "kysymys", "küsimus", "kérdés",        # French is as English; the North, Hungarian
+        "pytanie", "otázka", "pitanje", "vprašanje", "klausimas", "jautājums",            # Polish, Czech, Croatian, Slovene; Baltic ones
+        "вопрос", "питання", "запитання", "въпрос", "ερώτηση", "soru",                    # Russian, Ukrainian, Bulgarian, Greek, Turkish
+        "سؤال", "שאלה", "प्रश्न", "pertanyaan", "câu hỏi", "คำถาม",                           # Arabic and Persian, Hebrew; South Asia
+        "问题", "問題", "質問", "질문"),                                                  # Chinese, Japanese, Korean
+    "answer": (
+        "antwort", "réponse", "reponse", "respuesta", "resposta", "risposta", "răspuns", "raspuns",
+        "antwoord", "svar", "vastaus", "vastus", "válasz",
+        "odpowiedź", "odpověď", "odpoveď", "odgovor", "atsakymas", "atbilde",
+        "ответ", "відповідь", "отговор", "απάντηση", "cevap", "yanıt",
+        "جواب", "إجابة", "پاسخ", "תשובה", "उत्तर", "jawaban", "câu trả lời", "trả lời", "คำตอบ",
+        "答案", "回答", "答え", "답변", "답"),
+}
+COLUMNS = {kind: (*names, *(unicodedata.normalize("NFC", name).casefold() for name in TRANSLATED[kind])) for kind, names in USUAL.items()}
 PROVENANCE = {"author": ("author",), "source": ("source",), "licence": ("licence", "license")}
 MAX_CHARACTERS = 20_000     # a pair of so many characters or more is refused: no context holds several of them
-MANY = 5_000                # more seeds than this work, but are not what the method is for
+MANY = 1_000                # so many seeds and more work, but are not what the method is for
 NEAR = 0.6                  # questions above this ROUGE-L F belong together; the project's threshold for every split
 TEST_ONLY = {               # columns that only one published file of test rows has -> what that file holds
     ("motivation_app",): "Self-Instruct's user-oriented instructions, which are part of AlpacaEval",
@@ -112,6 +131,7 @@ def own_data() -> Path:
 def _check(table: Table, data: config.Data, name: str) -> SeedSet:
     rows = table.rows[:data.limit or None]
     refuse_test_only(table)
+    _refuse_one_column(table)
     if not rows:
         raise UserError(f"{table.path} holds no pairs{' below its header' if table.columns else ''}. Add at least one question and answer.")
     warnings: list[str] = []
@@ -148,8 +168,8 @@ def pairs_hash(pairs: Sequence[Seed]) -> str:
 
 
 def first_column(columns: Iterable[str], known: Sequence[str]) -> str | None:
-    """The first column, in the order of `known`, whose name is one of these, whatever its case."""
-    folded = {column.strip().casefold(): column for column in reversed(list(columns))}
+    """The first column, in the order of `known`, whose name is one of these, whatever its case and the composition of its accents."""
+    folded = {unicodedata.normalize("NFC", column).strip().casefold(): column for column in reversed(list(columns))}
     return next((folded[name] for name in known if name in folded), None)
 
 
@@ -157,13 +177,17 @@ def _columns(table: Table, data: config.Data, warnings: list[str]) -> dict[str, 
     """The columns of the questions and of the answers: those asked for, else the first with a usual name."""
     asked = {kind: getattr(data, kind) for kind in COLUMNS}
     usual = {kind: [asked[kind].strip().casefold()] if asked[kind] else known for kind, known in COLUMNS.items()}
-    found = {kind: asked[kind] if asked[kind] in table.columns else first_column(table.columns, usual[kind]) for kind in COLUMNS}
+    named = set(filter(None, table.columns))
+    found = {kind: asked[kind] if asked[kind] in named else first_column(table.columns, usual[kind]) for kind in COLUMNS}
     if missing := [kind for kind in COLUMNS if found[kind] is None]:
         there = ", ".join(map(repr, table.columns[:20])) or "none"
         first_row = ", which the first row must name" if table.unit == "row" else ""
-        looked_for = " or for ".join(f"{kind}s ({', '.join([asked[kind]] if asked[kind] else usual[kind])})" for kind in missing)
+        looked_for = " or for ".join(f"{kind}s ({asked[kind] or ', '.join(USUAL[kind]) + ', or their like in other languages'})"
+                                     for kind in missing)
         near = {kind: _near(table.columns, usual[kind]) or "COLUMN" for kind in missing}
         flags = " ".join(f"--config.data.{kind}={repr(near[kind]) if ' ' in near[kind] else near[kind]}" for kind in missing)
+        if table.unit == "row" and set(near.values()) == {"COLUMN"} and (why := _no_header(table)):
+            raise UserError(f"{table.path}: {why}")
         raise UserError(f"{table.path}: no column for {looked_for}. Columns found{first_row}: {there}. Say which to take with {flags}.")
     if found["question"] == found["answer"]:
         raise UserError(f"{table.path}: the column {found['question']!r} cannot hold both the questions and the answers. "
@@ -174,6 +198,41 @@ def _columns(table: Table, data: config.Data, warnings: list[str]) -> dict[str, 
             warnings.append(f"{table.path}: the {kind}s are taken from the column {found[kind]!r}, not from "
                             f"{', '.join(map(repr, others))}; --config.data.{kind}=COLUMN takes another")
     return found
+
+
+def _refuse_one_column(table: Table) -> None:
+    """Raise `UserError` for a CSV file whose first row has a single cell, and say what that is likely to come from."""
+    if table.unit != "row" or len(table.columns) != 1:
+        return
+    name = table.columns[0]
+    cells = [str(row.values[name]) for row in table.rows[:10] if row.values is not None]
+    said = f"{table.path} has only one column, {short(name)}, but a question and its answer stand in two"
+    for cell in cells:
+        if any(all(first_column(cell.split(mark), known) for known in COLUMNS.values()) for mark in DELIMITERS):
+            raise UserError(f"{table.path}: the names of the columns ({short(cell)}) stand below the first row. Remove what is above.")
+    for mark in (*DELIMITERS, ":", "^", "~", "  "):
+        if cells and all(mark in text.strip() for text in (name, *cells)):
+            if mark in DELIMITERS:
+                raise UserError(f"{said}: each row is quoted as a whole, so {mark!r} divides nothing. In the spreadsheet, split the column "
+                                "(Data > Text to Columns) and save it again.")
+            raise UserError(f"{said}: they seem to be divided by {mark!r}. Divide them by a comma, a semicolon, a tab or a bar, or save "
+                            "them from a spreadsheet as 'CSV UTF-8'.")
+    raise UserError(f"{said}. Put the answers into a second column, and name both in the first row: question and answer. Columns are "
+                    "divided by a comma, a semicolon, a tab or a bar.")
+
+
+def _no_header(table: Table) -> str:
+    """What the first row of a CSV file seems to be that names no usual column: a title, or a pair; "" where it may well be a header."""
+    for row in table.rows[:10]:
+        cells = [value for value in (row.values or {}).values() if isinstance(value, str)]
+        if all(first_column(cells, known) for known in COLUMNS.values()):
+            return f"the names of the columns seem to stand in row {row.number}. Remove the rows above it."
+    cells = [column for column in table.columns if column]
+    if len(cells) > 1 and any(cell.endswith(("?", "？", "؟")) or len(cell.split()) > 5 or len(cell) > 60 for cell in cells):
+        return (f"the first row seems to be a pair ({short(cells[0])}), not the names of the columns. Put a row above it that names them: "
+                "question in one cell, answer in the next. If these are names, say which columns to take with "
+                "--config.data.question=COLUMN --config.data.answer=COLUMN.")
+    return ""
 
 
 def _near(columns: Sequence[str], wanted: Iterable[str]) -> str | None:
@@ -197,7 +256,9 @@ def _pair(row: Row, names: dict[str, str], extra: dict[str, str | None], data: c
     for kind, column in columns:
         value = row.values.get(column)
         if value is None or isinstance(value, str) and not value.strip():
-            return f"the {kind} (column {column!r}) is {'empty' if column in row.values else 'missing'}"
+            merged = value is not None and kind == "question" and str(row.values.get(names["answer"]) or "").strip()
+            return (f"the {kind} (column {column!r}) is {'empty' if column in row.values else 'missing'}"
+                    + ", though there is an answer (of merged cells only the first keeps its text: write it in each row)" * bool(merged))
         if not isinstance(value, str):
             return f"the {kind} (column {column!r}) must be text, but is {describe(value)}"
         if any("\ud800" <= c <= "\udfff" for c in value):
@@ -228,12 +289,15 @@ def _duplicates(pairs: Sequence[Seed], unit: str) -> dict[int, str]:
 
 def _warnings(table: Table, pairs: Sequence[Seed]) -> list[str]:
     out = []
+    unknown: dict[int, list[str]] = defaultdict(list)
     for field in PROVENANCE:
-        unknown = sum(getattr(p, field) == "unknown" for p in pairs)
-        if unknown:
-            which = "the" if unknown == len(pairs) else f"{unknown} of the"
-            out.append(f"{table.path}: the {field} of {which} seeds is unknown, and every generated pair inherits that; "
-                       f"say it with --config.data.{field}=… or a column {field!r}")
+        unknown[sum(getattr(p, field) == "unknown" for p in pairs)].append(field)
+    for count in sorted(filter(None, unknown), reverse=True):
+        fields = unknown[count]
+        which, several = "the" if count == len(pairs) else f"{count} of the", len(fields) > 1
+        out.append(f"{table.path}: the {_and(fields)} of {which} seeds {'are' if several else 'is'} unknown, and every generated pair inherits "
+                   f"that; say {'them' if several else 'it'} with {' '.join(f'--config.data.{field}=…' for field in fields)} or "
+                   f"{'columns' if several else 'a column'} {_and(list(map(repr, fields)))}")
     rows: dict[str, list[int]] = defaultdict(list)
     for p in pairs:
         rows[normalise(p.question)].append(p.row)
@@ -243,20 +307,24 @@ def _warnings(table: Table, pairs: Sequence[Seed]) -> list[str]:
                    f"{'; …' if len(repeated) > 3 else ''}); all are kept")
     if len(pairs) == 1:
         out.append(f"{table.path}: there is only one seed, so every new pair will resemble it and nothing can be held out")
-    if len(pairs) > MANY:
+    if len(pairs) >= MANY:
         out.append(f"{table.path}: {len(pairs):,} seeds; this works, but the method is meant for fewer than 100 "
                    "(--config.data.limit=N uses the first N)")
     return out
 
 
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
 # --------------------------------------------------------------------------------------------------------------------- splitting
-def split_holdout(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
+def split_holdout(pairs: Sequence[Pair], share: float, purpose: str = "split") -> tuple[list[Pair], list[Pair]]:
     """Split pairs into (train, held out) so that no question has a near-duplicate on the other side.
 
     Whole components (see `components`) are held out, in the order of a hash of their content, until `share` of the pairs and at
     least 4 are: the outcome depends neither on the order of the rows nor on their file. A component that would take more than twice
     that, or leave fewer pairs to train on than are held out, is passed over. Nothing is held out at share 0, under 8 pairs, or where
-    4 cannot be.
+    4 cannot be. Splits of another `purpose` are independent of one another.
     """
     target = max(HELD_OUT, math.ceil(share * len(pairs)))
     if not share or len(pairs) < SPLITTABLE:
@@ -264,7 +332,7 @@ def split_holdout(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list
     groups: dict[int, list[int]] = defaultdict(list)
     for i, label in enumerate(components([p.question for p in pairs])):
         groups[int(label)].append(i)
-    content = lambda group: content_hash("split", *sorted(content_hash(pairs[i].question, pairs[i].answer) for i in group))
+    content = lambda group: content_hash(purpose, *sorted(content_hash(pairs[i].question, pairs[i].answer) for i in group))
     held: set[int] = set()
     for group in sorted(groups.values(), key=content):
         if len(held) < target and len(held) + len(group) <= min(2 * target, len(pairs) // 2):

@@ -112,6 +112,33 @@ def seed_set(benchmark: Benchmark, chosen: Sequence[Item]) -> SeedSet:
     return SeedSet(pairs, benchmark.name, pairs_hash(pairs), ())
 
 
+# ---------------------------------------------------------------------------------------------------------------------- own pairs
+def folds(pairs: Sequence[Seed], n: int) -> list[tuple[Seed, ...]]:
+    """The pairs in n parts of like size, each in file order, so that no question has a near-duplicate in another part.
+
+    Components are dealt out in order of a hash of their content, the larger first, each to the part with the fewest pairs.
+    Raises `UserError` where a part would have fewer than 2 pairs.
+    """
+    groups = [[pairs[m] for m in members] for members in _groups([p.question for p in pairs])]
+    content = lambda group: content_hash("fold", *sorted(content_hash(p.question, p.answer) for p in group))
+    parts: list[list[Seed]] = [[] for _ in range(n)]
+    for group in sorted(groups, key=lambda g: (-len(g), content(g))):
+        min(parts, key=len).extend(group)
+    if len(least := min(parts, key=len)) < 2:
+        raise UserError(f"config.data.folds={n} would leave {len(least)} of {len(pairs)} pairs to judge on in one fold (questions that are "
+                        "near one another stay together), and at least 2 are needed. Take fewer folds or add pairs.")
+    return [tuple(sorted(part, key=lambda p: p.row)) for part in parts]
+
+
+def without(seeds: SeedSet, judged: Sequence[Seed]) -> SeedSet:
+    """The seeds without those that are judged on."""
+    if not judged:
+        return seeds
+    barred = {p.row for p in judged}
+    kept = tuple(p for p in seeds.pairs if p.row not in barred)
+    return dataclasses.replace(seeds, pairs=kept, hash=pairs_hash(kept))
+
+
 # ---------------------------------------------------------------------------------------------------------------------- leakage
 class LeakIndex:
     """Rows that nothing may be trained on, and finds the nearest of them to a question."""

@@ -7,6 +7,8 @@ import gzip
 import io
 import itertools
 import json
+import re
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +16,38 @@ from typing import Any, Iterator
 
 from isara_jax.common import UserError
 
-_DELIMITERS = ",;\t"
+DELIMITERS = ",;\t|"
+_SEP = re.compile(r'"?sep=([,;\t|])"?\r?\n', re.IGNORECASE)  # a first line by which Excel is told the delimiter; it shows no such row
 _JSON, _JSON_LINES = (".json",), (".jsonl", ".ndjson")
 SHOWN = 10                  # problems named in one message
 MOST_UNPACKED = 1 << 30     # bytes that a gzip file may unpack to
 _GZIP = b"\x1f\x8b"
 _TABLES = (*_JSON, *_JSON_LINES, ".csv", ".tsv")
-_BINARY = {  # how a file begins -> what it is and how it becomes one that can be read
-    b"PK\x03\x04": "is a zip archive, as Excel and LibreOffice workbooks are. Open it there and save it as 'CSV UTF-8', or unzip it",
-    b"\xd0\xcf\x11\xe0": "is an old Excel workbook. Open it there and save it as 'CSV UTF-8'",
+_EXCEL = ("Open it in Excel and save it as 'CSV UTF-8' (File > Save As), or in LibreOffice as 'Text CSV' with the character set "
+          "'Unicode (UTF-8)'; only the sheet in view is saved")
+_LIBREOFFICE = "Open it in LibreOffice, choose File > Save As > 'Text CSV' and there 'Unicode (UTF-8)'; only the sheet in view is saved"
+_NUMBERS = "Open it in Numbers, choose File > Export To > CSV and there 'Unicode (UTF-8)'; each table becomes a file"
+_NO_TABLE = "Copy its questions and answers into two columns of a spreadsheet, and save that as 'CSV UTF-8'"
+_ZIP, _OLE = b"PK\x03\x04", b"\xd0\xcf\x11\xe0"
+_BINARY = {  # how a file begins -> what it is, and how it becomes one that can be read
     b"PAR1": "is a Parquet file. Convert it with pandas: read_parquet(…).to_json(…, orient='records', lines=True)",
+    b"%PDF": f"is a PDF. {_NO_TABLE}",
+    b"{\\rtf": f"is a text document (RTF). {_NO_TABLE}",
+    b"SQLite format 3": "is an SQLite database. Export the table with the pairs as CSV",
+    b"BZh": "is compressed with bzip2. Unpack it",
+    b"\xfd7zXZ": "is compressed with xz. Unpack it",
+    b"7z\xbc\xaf": "is a 7-Zip archive. Unpack it",
+    b"\x89PNG": f"is a picture. {_NO_TABLE}",
+    b"\xff\xd8\xff": f"is a picture. {_NO_TABLE}",
 }
+_ZIPPED = {  # what a file in a zip archive begins with -> the same; the first that is there
+    "xl/": f"is an Excel workbook. {_EXCEL}",
+    "word/": f"is a Word document. {_NO_TABLE}",
+    "ppt/": f"is a PowerPoint presentation. {_NO_TABLE}",
+    "Index/Document.iwa": f"is a Numbers document. {_NUMBERS}",
+    "Index.zip": f"is a Numbers document. {_NUMBERS}",
+}
+_PAGE = re.compile(r"\s*<(?:!doctype|html|head|meta|table|body|\?xml)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -47,7 +70,7 @@ class Table:
 
 
 def read_table(path: str | Path) -> Table:
-    """Read a CSV (`,`, `;` or tab), JSON or JSON-lines file, compressed with gzip or not.
+    """Read a CSV (`,`, `;`, tab or `|`), JSON or JSON-lines file, compressed with gzip or not.
 
     Whatever stops the whole file from being read raises `UserError`; what is wrong with single rows is in the rows.
     """
@@ -110,9 +133,8 @@ def _there(folder: Path) -> str:
 
 
 def _text(path: Path, data: bytes) -> str:
-    for magic, what in _BINARY.items():
-        if data.startswith(magic):
-            raise UserError(f"{path} {what}, and name the result.")
+    if what := _binary(data):
+        raise UserError(f"{path} {what}. Then name the new file.")
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
         if utf16:
@@ -120,12 +142,40 @@ def _text(path: Path, data: bytes) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(_not_utf8(path, data, e.start, "UTF-16" if utf16 else "")) from None
+    if _PAGE.match(text):
+        raise UserError(f"{path} is a web page or XML, as some programs save tables under the name of a workbook. {_EXCEL}. Then name the "
+                        "new file.")
     if not text.strip():
         raise UserError(f"{path} is empty. It must hold question-answer pairs: CSV with a header row, JSON, or JSON lines.")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise UserError(f"{path}, line {line}: holds NUL bytes, so it is UTF-16 or no text file. Save it as UTF-8 text.")
     return text
+
+
+def _binary(data: bytes) -> str:
+    """What a file is that is no text, and how it becomes one; "" for what may be text. Its name plays no part."""
+    if data.startswith(_ZIP):
+        return _zipped(data)
+    if data.startswith(_OLE):
+        if "WordDocument".encode("utf-16-le") in data:
+            return f"is an old Word document. {_NO_TABLE}"
+        locked = "EncryptedPackage".encode("utf-16-le") in data
+        return f"is an {'Excel workbook with a password' if locked else 'old Excel workbook'}. {_EXCEL}"
+    return next((what for magic, what in _BINARY.items() if data.startswith(magic)), "")
+
+
+def _zipped(data: bytes) -> str:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = archive.namelist()
+            kind = archive.read("mimetype")[:200] if "mimetype" in names and archive.getinfo("mimetype").file_size < 200 else b""
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, NotImplementedError, RuntimeError):
+        names, kind = [], b""
+    if b"opendocument" in kind:
+        return f"is a LibreOffice spreadsheet. {_LIBREOFFICE}" if b"spreadsheet" in kind else f"is a LibreOffice document. {_NO_TABLE}"
+    return next((what for part, what in _ZIPPED.items() if any(name.startswith(part) for name in names)),
+                "is a zip archive, as Excel and LibreOffice workbooks are. Open it there and save it as 'CSV UTF-8', or unzip it")
 
 
 def _not_utf8(path: Path, data: bytes, start: int, encoding: str) -> str:
@@ -138,7 +188,8 @@ def _not_utf8(path: Path, data: bytes, start: int, encoding: str) -> str:
             return f"{where} is not UTF-8. Save the file as UTF-8 text."
         encoding = "CP1252"
         where += f" (it would be {data[start:start + 1].decode('cp1252')!r} in Windows-1252)"
-    return (f"{where} is not UTF-8. The file seems to be {encoding}; convert it with `iconv -f {encoding} -t UTF-8 {path.name} > "
+    kind = f"{encoding} (Excel's 'Unicode Text')" if encoding == "UTF-16" else encoding
+    return (f"{where} is not UTF-8. The file seems to be {kind}; convert it with `iconv -f {encoding} -t UTF-8 {path.name} > "
             f"{path.stem}.utf8{path.suffix}`, or save it as UTF-8 (Excel: 'CSV UTF-8').")
 
 
@@ -195,10 +246,14 @@ def short(value: Any, size: int = 40) -> str:
 
 # --------------------------------------------------------------------------------------------------------------------------- CSV
 def _csv(path: Path, text: str) -> tuple[tuple[str, ...], tuple[Row, ...]]:
-    records = _records(text, _delimiter(text))
-    header = next((fields for _, fields, _ in records if fields is None or any(map(str.strip, fields))), None)
+    told = _SEP.match(text)
+    rest = text[told.end():] if told else text
+    records = _records(rest, told[1] if told else _delimiter(text), 2 if told else 1)
+    number, header, problem = next((r for r in records if r[1] is None or any(map(str.strip, r[1]))), (0, None, ""))
+    if problem:
+        raise UserError(f"{path}, row {number}: a quote in the header row is not closed or not doubled. Mend it there.")
     if header is None:
-        raise UserError(f"{path}, row 1: a quote in the header row is not closed or not doubled. Mend it there.")
+        raise UserError(f"{path} holds only empty cells. It must hold question-answer pairs below a header row.")
     columns = tuple(name.strip() for name in header)
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
     if twice:
@@ -207,11 +262,14 @@ def _csv(path: Path, text: str) -> tuple[tuple[str, ...], tuple[Row, ...]]:
                           if fields is None or any(map(str.strip, fields)))
 
 
-def _records(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | None, str]]:
-    """(row number, fields, problem) of each record. A quoting error ends the file: what follows could be read wrongly."""
+def _records(text: str, delimiter: str, first: int = 1) -> Iterator[tuple[int, list[str] | None, str]]:
+    """(row number, fields, problem) of each record. A quoting error ends the file: what follows could be read wrongly.
+
+    `first` is the line of the file that `text` begins in.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     for number in itertools.count(1):
-        line = reader.line_num + 1
+        line = reader.line_num + first
         try:
             yield number, next(reader), ""
         except StopIteration:
@@ -230,7 +288,7 @@ def _delimiter(text: str) -> str:
         width = len(rows[0]) if rows else 0
         return width > 1, sum(len(r) == width for r in rows) / max(len(rows), 1), width
 
-    return max(_DELIMITERS, key=score)
+    return max(DELIMITERS, key=score)
 
 
 def _csv_row(number: int, fields: list[str] | None, problem: str, columns: tuple[str, ...]) -> Row:

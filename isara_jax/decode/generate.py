@@ -63,7 +63,8 @@ class Completion:
 
 def generate(params: Params, cfg: ModelConfig, config: EngineConfig, mesh: Mesh, requests: Sequence[Request], *, seed: int,
              stop_ids: Iterable[int], context: int, decode: Callable[[Sequence[int]], str] | None = None,
-             on_progress: Callable[[int, int, int, int], None] | None = None) -> list[Completion]:
+             on_progress: Callable[[int, int, int, int], None] | None = None,
+             on_text: Callable[[int, str], None] | None = None) -> list[Completion]:
     """Sample a completion for every request, in the order of the requests.
 
     A completion depends on (params, config, seed, request) and on nothing else: not on the other requests, nor their order.
@@ -75,11 +76,15 @@ def generate(params: Params, cfg: ModelConfig, config: EngineConfig, mesh: Mesh,
         context: longest sequence in tokens, prompt and new ones together.
         decode: token ids to text; needed where a request has stop strings.
         on_progress: called now and then with (requests done, requests, tokens prefilled, tokens generated), all so far.
+        on_text: called now and then with (request number, the beginning of its text that later tokens do not change), at last with its
+            whole text. Needs `decode`. Whatever either function raises ends the work.
 
     Raises:
         UserError: a prompt is empty, holds an id outside the vocabulary or leaves no room in the context; said before any work.
     """
     _check(requests, cfg, context, decode)
+    if on_text and decode is None:
+        raise ValueError("on_text is to be called, but no decode function was given")
     limits = [min(r.max_new_tokens, context - len(r.tokens)) for r in requests]
     completions: list[Completion | None] = [None] * len(requests)
     for i, limit in enumerate(limits):
@@ -90,7 +95,7 @@ def generate(params: Params, cfg: ModelConfig, config: EngineConfig, mesh: Mesh,
     stops = np.array(sorted(stop_ids) or [-1], np.int32)
     stops = np.pad(stops, (0, -len(stops) % STOP_IDS), constant_values=-1)
     for capacity, group in _groups([len(r.tokens) + limit if limit else 0 for r, limit in zip(requests, limits)], config.key_block):
-        run = _Run(params, Engine(cfg, config, mesh, capacity), requests, limits, keys, stops, decode, progress)
+        run = _Run(params, Engine(cfg, config, mesh, capacity), requests, limits, keys, stops, decode, progress, on_text)
         for i, completion in run.run(group):
             completions[i] = completion
     return completions
@@ -159,6 +164,7 @@ class _Run:
     stop_ids: np.ndarray
     decode: Callable[[Sequence[int]], str] | None
     progress: _Progress
+    on_text: Callable[[int, str], None] | None
     holder: list[int | None] = field(init=False)   # of each slot, the request in it
     drawn: dict[int, list[int]] = field(default_factory=dict)
 
@@ -233,6 +239,8 @@ class _Run:
             known = len(self.drawn[i])
             self.drawn[i] += tokens[slot, :generated[slot] - known].tolist()
             completion = self._completion(i, known, bool(done[slot]))
+            if self.on_text:
+                self.on_text(i, completion.text if completion else settled(self.decode(self.drawn[i]), self.requests[i].stop))
             if completion:
                 ended.append((i, completion))
                 self.holder[slot] = None
@@ -248,6 +256,13 @@ class _Run:
         if not done:
             return None
         return Completion(ids, self.decode(ids) if self.decode else None, "eos" if eos else "length")
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """The beginning of an unfinished text that stays as it is: without an unfinished character, and what may become a stop string."""
+    text = text.rstrip("\ufffd")
+    held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+    return text[:len(text) - held]
 
 
 def _cut(ids: list[int], known: int, stop: tuple[str, ...], decode: Callable[[Sequence[int]], str]) -> tuple[list[int], str] | None:

@@ -1,0 +1,169 @@
+"""The parts of the screening that fine-tune: content or form, the learning rate, and damage to what was not trained."""
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Sequence
+
+from isara_jax.arms import shuffle
+from isara_jax.config import Config, Sampling
+from isara_jax.data.pool import Record
+from isara_jax.evals import quantities
+from isara_jax.methods import isara
+from isara_jax.sft import loop
+from isara_jax.workdir import stage
+from screening_ground import RATE, Ground, between, change, damaged, measured, say, table, tune
+
+RATES = (2e-5, 1e-4, 3e-4)
+EPOCHS, READ = 6, (1, 3)      # of the one run per rate; parameters are also read after these epochs
+SHARES = (0.25, 0.5, 0.75)    # of the way from the starting model to a tuned one
+INTERPOLATED = ("isara", "human")
+REPEATED = ("isara", "shuffled", "human", "seeds", "greedy", "top", "bottom")  # with further seeds; of the shares the middle one
+COMPARED = (("isara", "shuffled"), ("isara", "seeds"), ("isara", "greedy"), ("isara", "human"), ("top", "bottom"), ("top", "isara"),
+            ("human", "human_shuffled"), ("human", "seeds"), ("isara@0.5", "isara"), ("human@0.5", "human"))
+TURN = 34                     # places on the circle of further human pairs from one seed to the next
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- pools
+def config_of(ground: Ground, seed: int, **answer: float) -> Config:
+    """The run's config with another seed; `answer` changes how answers are sampled."""
+    generate = dataclasses.replace(ground.config.generate, answer=dataclasses.replace(Sampling(), **answer))
+    return dataclasses.replace(ground.config, seed=seed, generate=generate)
+
+
+def isara_pairs(ground: Ground, seed: int, *, greedy: bool = False) -> list[Record]:
+    """The pairs that one iteration of ISARA makes of the seeds, kept as a run keeps them; `greedy` answers the same questions greedily."""
+    config, folder = config_of(ground, seed), ground.root / "pools" / f"seed{seed}"
+    setting, sample, pool = ground.changed(config), ground.sampler(config), ground.seeds
+    questions = stage(folder / "questions.jsonl", lambda: isara.ask(setting, 1, pool, sample))
+    name = "answers"
+    if greedy:
+        setting, name = ground.changed(config_of(ground, seed, temperature=0.0)), "greedy"
+    answers = stage(folder / f"{name}.jsonl", lambda: isara.answer(setting, 1, pool, questions, sample))
+    made = isara.records(setting, 1, pool, questions, answers)
+    say(f"seed {seed}, {name}: {len(made)} pairs kept of {len(questions)} requests")
+    return made
+
+
+def human_pairs(ground: Ground, seed: int, count: int) -> list[Record]:
+    """`count` of the further human pairs; another seed takes them from another place of their circle."""
+    return [ground.further[(TURN * seed + i) % len(ground.further)] for i in range(count)]
+
+
+def halves(ground: Ground, pairs: Sequence[Record], seed: int) -> tuple[list[Record], list[Record]]:
+    """(top, bottom) half of the pairs by how much the question adds to the answer's log-likelihood under the starting model, a token.
+
+    Unconditional is the answer after the bare answer marker.
+    """
+
+    def make() -> list[dict]:
+        tokenizer, template, form = ground.lm.tokenizer, ground.session.template, ground.session.form
+        after = [form.pair(tokenizer, template.training_segments(r.question), r.answer) for r in pairs]
+        alone = [form.pair(tokenizer, ((template.answer_marker, False),), r.answer) for r in pairs]
+        own, none = (ground.lm.score([p for p, _ in side], [c for _, c in side]) for side in (after, alone))
+        return [{"id": r.id, "tokens": len(c), "conditional": round(a, 6), "unconditional": round(b, 6)}
+                for r, (_, c), a, b in zip(pairs, after, own, none, strict=True)]
+
+    rows = stage(ground.root / "pools" / f"seed{seed}" / "likelihood.jsonl", make)
+    worth = {row["id"]: (row["conditional"] - row["unconditional"]) / row["tokens"] for row in rows}
+    order = sorted(pairs, key=lambda r: (-worth[r.id], r.id))
+    top, bottom = order[:len(order) // 2], order[len(order) // 2:]
+    for name, side in (("top", top), ("bottom", bottom)):
+        say(f"{name} half: {sum(worth[r.id] for r in side) / len(side):.2f} nats a token from the question, "
+            f"{sum(len(r.answer.split()) for r in side) / len(side):.1f} words an answer")
+    return top, bottom
+
+
+# ---------------------------------------------------------------------------------------------------------------- content or form
+def content(ground: Ground, repeats: int) -> str:
+    """A pool of ISARA's and what becomes of the model with its parts, at equal steps; with `repeats` further pools, each with its seed."""
+    kinds: dict[str, list[str]] = {}
+    notes = []
+    for seed in range(repeats + 1):
+        seeds, pairs = list(ground.seeds), isara_pairs(ground, seed)
+        steps, human = loop.steps(len(seeds) + len(pairs), ground.config.sft), [*seeds, *human_pairs(ground, seed, len(pairs))]
+        top, bottom = halves(ground, pairs, seed)
+        arms = {"isara": [*seeds, *pairs], "shuffled": shuffle([*seeds, *pairs], seed), "human": human,
+                "human_shuffled": shuffle(human, seed), "seeds": seeds, "greedy": [*seeds, *isara_pairs(ground, seed, greedy=True)],
+                "top": [*seeds, *top], "bottom": [*seeds, *bottom]}
+        made = {}
+        for arm in arms if seed == 0 else REPEATED:
+            tune(ground, named(arm, seed), arms[arm], steps=steps, seed=seed)
+            made[arm] = named(arm, seed)
+            measured(ground, made[arm])
+        for arm, share in itertools.product(INTERPOLATED, SHARES if seed == 0 else SHARES[1:2]):
+            made[f"{arm}@{share}"] = f"{named(arm, seed)}@{share}"
+        for kind, name in made.items():
+            measured(ground, name)
+            kinds.setdefault(kind, []).append(name)
+        notes.append(f"seed {seed}: {len(pairs)} pairs of ISARA's, {steps} steps at {RATE:g}")
+    return "\n".join(notes) + "\n\n" + table(ground, kinds) + "\n\n" + between(ground, kinds, COMPARED)
+
+
+def named(arm: str, seed: int) -> str:
+    return f"{arm}.seed{seed}" if seed else arm
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- rate
+def rate(ground: Ground) -> str:
+    """Three learning rates, one run of six epochs each, on human pairs and on ISARA's pool, read after one, three and six epochs."""
+    pairs = isara_pairs(ground, 0)
+    pools = {"human": [*ground.seeds, *human_pairs(ground, 0, len(pairs))], "isara": [*ground.seeds, *pairs]}
+    names = []
+    for lr in RATES:
+        for pool, chosen in pools.items():
+            run = f"{pool}.lr{lr:g}"
+            epoch = loop.steps(len(chosen), dataclasses.replace(ground.config.sft, epochs=1))
+            tune(ground, f"{run}.epoch{EPOCHS}", chosen, steps=EPOCHS * epoch, rate=lr, epochs=EPOCHS,
+                 read={e * epoch: f"{run}.epoch{e}" for e in READ})
+            names += [f"{run}.epoch{e}" for e in (*READ, EPOCHS)]
+            for name in names[-3:]:
+                measured(ground, name)
+    return table(ground, {name: [name] for name in sorted(names)})
+
+
+# ----------------------------------------------------------------------------------------------------------------------- generation
+VARIANTS: dict[str, dict[str, dict]] = {  # sections of the config, changed
+    "k 3": {"retrieval": {"k": 3}},
+    "k 8": {"retrieval": {"k": 8}},
+    "answers at 0.3": {"answer": {"temperature": 0.3}},
+    "questions at 1.0": {"question": {"temperature": 1.0}},
+    "mmr": {"retrieval": {"strategy": "mmr"}},
+    "random": {"retrieval": {"strategy": "random"}},
+}
+
+
+def generation(ground: Ground, repeats: int) -> str:
+    """One iteration of ISARA with one setting of its generation changed, trained as by default, against the unchanged one of equal seed."""
+    kinds = {"isara": [named("isara", seed) for seed in range(repeats + 1)]}
+    kept = {"isara": [len(isara_pairs(ground, seed)) for seed in range(repeats + 1)]}
+    for seed, (variant, changes) in itertools.product(range(repeats + 1), VARIANTS.items()):
+        name, config = named(variant.replace(" ", "-"), seed), dataclasses.replace(ground.config, seed=seed)
+        generate = dataclasses.replace(config.generate, **{part: dataclasses.replace(getattr(config.generate, part), **changes[part])
+                                                           for part in ("question", "answer") if part in changes})
+        retrieval = dataclasses.replace(config.retrieval, **changes.get("retrieval", {}))
+        config = dataclasses.replace(config, generate=generate, retrieval=retrieval)
+        setting, sample, folder, pool = ground.changed(config), ground.sampler(config), ground.root / "pools" / name, ground.seeds
+        questions = stage(folder / "questions.jsonl", lambda: isara.ask(setting, 1, pool, sample))
+        answers = stage(folder / "answers.jsonl", lambda: isara.answer(setting, 1, pool, questions, sample))
+        pairs = [*pool, *isara.records(setting, 1, pool, questions, answers)]
+        tune(ground, name, pairs, steps=loop.steps(len(pairs), config.sft), seed=seed)
+        measured(ground, name)
+        kinds.setdefault(variant, []).append(name)
+        kept.setdefault(variant, []).append(len(pairs) - len(pool))
+    counts = "; ".join(f"{kind}: {', '.join(map(str, numbers))}" for kind, numbers in kept.items())
+    return f"pairs kept: {counts}\n\n{table(ground, kinds)}\n\n{between(ground, kinds, [(v, 'isara') for v in VARIANTS])}"
+
+
+# --------------------------------------------------------------------------------------------------------------------------- damage
+def damage(ground: Ground) -> str:
+    """The loss on Self-Instruct's seed tasks, which no model was trained on."""
+    names = ["base", "human", "isara", "shuffled", "seeds", "human@0.5", "isara@0.5", "human.lr2e-05.epoch6", "isara.lr2e-05.epoch6",
+             "human.lr0.0001.epoch6", "isara.lr0.0001.epoch6", "human.lr0.0003.epoch6", "isara.lr0.0003.epoch6"]
+    base = damaged(ground, "base")
+    lines = [f"{len(base)} seed tasks, {sum(r['nll_tokens'] for r in base)} tokens of answers", "",
+             "| model | NLL a token | change |", "|---|---|---|"]
+    for name in names:
+        rows = damaged(ground, name)
+        lines.append(f"| {name} | {quantities.table(rows)['nll']:.3f} | {'' if name == 'base' else change(rows, base, 'nll')} |")
+    return "\n".join(lines)

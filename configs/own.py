@@ -1,0 +1,25 @@
+"""Your own question-answer pairs: a spreadsheet, one evening, two cores.
+
+    python -m isara_jax.train --config=configs/own.py --workdir=runs/own --config.data.seeds=mine.csv --dry_run
+    python -m isara_jax.train --config=configs/own.py --workdir=runs/own --config.data.seeds=mine.csv
+
+mine.csv: columns question and answer, saved as "CSV UTF-8" (.jsonl and .json work too). A quarter of the pairs is kept to judge on.
+    --config.data.test=FILE      judge on the pairs of another file, and train on all of mine.csv
+    --config.data.folds=3        three runs that are each judged on another third, so that every pair is judged on once (three times the time)
+    --refit_all                  then train on every pair, in runs/own/all
+    --config.review=True         stop after generation until you have read the new pairs in runs/own/review.csv
+    --plan_models=A,B            what models would take of this machine's time and memory, and nothing else
+Time and expected result: see docs/own_data.md, which runs two such files.
+"""
+from isara_jax.config import defaults
+
+
+def get_config():
+    config = defaults()
+    config.data.seeds = ""  # yours: --config.data.seeds=FILE
+    config.data.test_share = 0.25
+    config.retrieval.k = -1  # 5, or as many as fit
+    config.generate.requests = 96
+    config.sft.lr = 1e-4  # 2e-5, the rate of 7B models, hardly moves 135M parameters in so few steps
+    config.eval.answer_rows = 100
+    return config
