@@ -18,7 +18,6 @@ RATES = (2e-5, 1e-4, 3e-4)
 EPOCHS, READ = 6, (1, 3)      # of the one run per rate; parameters are also read after these epochs
 SHARES = (0.25, 0.5, 0.75)    # of the way from the starting model to a tuned one
 INTERPOLATED = ("isara", "human")
-REPEATED = ("isara", "shuffled", "human", "seeds", "greedy", "top", "bottom")  # with further seeds; of the shares the middle one
 COMPARED = (("isara", "shuffled"), ("isara", "seeds"), ("isara", "greedy"), ("isara", "human"), ("top", "bottom"), ("top", "isara"),
             ("human", "human_shuffled"), ("human", "seeds"), ("isara@0.5", "isara"), ("human@0.5", "human"))
 TURN = 34                     # places on the circle of further human pairs from one seed to the next
@@ -50,7 +49,7 @@ def human_pairs(ground: Ground, seed: int, count: int) -> list[Record]:
     return [ground.further[(TURN * seed + i) % len(ground.further)] for i in range(count)]
 
 
-def halves(ground: Ground, pairs: Sequence[Record], seed: int) -> tuple[list[Record], list[Record]]:
+def halves(ground: Ground, pairs: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """(top, bottom) half of the pairs by how much the question adds to the answer's log-likelihood under the starting model, a token.
 
     Unconditional is the answer after the bare answer marker.
@@ -64,7 +63,7 @@ def halves(ground: Ground, pairs: Sequence[Record], seed: int) -> tuple[list[Rec
         return [{"id": r.id, "tokens": len(c), "conditional": round(a, 6), "unconditional": round(b, 6)}
                 for r, (_, c), a, b in zip(pairs, after, own, none, strict=True)]
 
-    rows = stage(ground.root / "pools" / f"seed{seed}" / "likelihood.jsonl", make)
+    rows = stage(ground.root / "pools" / "seed0" / "likelihood.jsonl", make)
     worth = {row["id"]: (row["conditional"] - row["unconditional"]) / row["tokens"] for row in rows}
     order = sorted(pairs, key=lambda r: (-worth[r.id], r.id))
     top, bottom = order[:len(order) // 2], order[len(order) // 2:]
@@ -80,28 +79,28 @@ def content(ground: Ground, repeats: int) -> str:
     kinds: dict[str, list[str]] = {}
     notes = []
     for seed in range(repeats + 1):
-        seeds, pairs = list(ground.seeds), isara_pairs(ground, seed)
-        steps, human = loop.steps(len(seeds) + len(pairs), ground.config.sft), [*seeds, *human_pairs(ground, seed, len(pairs))]
-        top, bottom = halves(ground, pairs, seed)
-        arms = {"isara": [*seeds, *pairs], "shuffled": shuffle([*seeds, *pairs], seed), "human": human,
-                "human_shuffled": shuffle(human, seed), "seeds": seeds, "greedy": [*seeds, *isara_pairs(ground, seed, greedy=True)],
-                "top": [*seeds, *top], "bottom": [*seeds, *bottom]}
-        made = {}
-        for arm in arms if seed == 0 else REPEATED:
-            tune(ground, named(arm, seed), arms[arm], steps=steps, seed=seed)
-            made[arm] = named(arm, seed)
-            measured(ground, made[arm])
-        for arm, share in itertools.product(INTERPOLATED, SHARES if seed == 0 else SHARES[1:2]):
-            made[f"{arm}@{share}"] = f"{named(arm, seed)}@{share}"
-        for kind, name in made.items():
-            measured(ground, name)
-            kinds.setdefault(kind, []).append(name)
+        pairs = isara_pairs(ground, seed)
+        steps = loop.steps(len(ground.seeds) + len(pairs), ground.config.sft)
         notes.append(f"seed {seed}: {len(pairs)} pairs of ISARA's, {steps} steps at {RATE:g}")
+        for arm, chosen in arms(ground, pairs, seed).items():
+            name = f"{arm}.seed{seed}" if seed else arm
+            tune(ground, name, chosen, steps=steps, seed=seed)
+            measured(ground, name)
+            kinds.setdefault(arm, []).append(name)
+    kinds |= {name: [name] for name in (f"{arm}@{share}" for arm in INTERPOLATED for share in SHARES)}
     return "\n".join(notes) + "\n\n" + table(ground, kinds) + "\n\n" + between(ground, kinds, COMPARED)
 
 
-def named(arm: str, seed: int) -> str:
-    return f"{arm}.seed{seed}" if seed else arm
+def arms(ground: Ground, pairs: Sequence[Record], seed: int) -> dict[str, list[Record]]:
+    """What each model is trained on, the seeds among it; with another seed than 0 only what tells how much a run varies."""
+    seeds = list(ground.seeds)
+    human = [*seeds, *human_pairs(ground, seed, len(pairs))]
+    repeated = {"isara": [*seeds, *pairs], "shuffled": shuffle([*seeds, *pairs], seed), "human": human}
+    if seed:
+        return repeated
+    top, bottom = halves(ground, pairs)
+    return repeated | {"human_shuffled": shuffle(human, 0), "seeds": seeds, "greedy": [*seeds, *isara_pairs(ground, 0, greedy=True)],
+                       "top": [*seeds, *top], "bottom": [*seeds, *bottom]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- rate
@@ -122,44 +121,10 @@ def rate(ground: Ground) -> str:
     return table(ground, {name: [name] for name in sorted(names)})
 
 
-# ----------------------------------------------------------------------------------------------------------------------- generation
-VARIANTS: dict[str, dict[str, dict]] = {  # sections of the config, changed
-    "k 3": {"retrieval": {"k": 3}},
-    "k 8": {"retrieval": {"k": 8}},
-    "answers at 0.3": {"answer": {"temperature": 0.3}},
-    "questions at 1.0": {"question": {"temperature": 1.0}},
-    "mmr": {"retrieval": {"strategy": "mmr"}},
-    "random": {"retrieval": {"strategy": "random"}},
-}
-
-
-def generation(ground: Ground, repeats: int) -> str:
-    """One iteration of ISARA with one setting of its generation changed, trained as by default, against the unchanged one of equal seed."""
-    kinds = {"isara": [named("isara", seed) for seed in range(repeats + 1)]}
-    kept = {"isara": [len(isara_pairs(ground, seed)) for seed in range(repeats + 1)]}
-    for seed, (variant, changes) in itertools.product(range(repeats + 1), VARIANTS.items()):
-        name, config = named(variant.replace(" ", "-"), seed), dataclasses.replace(ground.config, seed=seed)
-        generate = dataclasses.replace(config.generate, **{part: dataclasses.replace(getattr(config.generate, part), **changes[part])
-                                                           for part in ("question", "answer") if part in changes})
-        retrieval = dataclasses.replace(config.retrieval, **changes.get("retrieval", {}))
-        config = dataclasses.replace(config, generate=generate, retrieval=retrieval)
-        setting, sample, folder, pool = ground.changed(config), ground.sampler(config), ground.root / "pools" / name, ground.seeds
-        questions = stage(folder / "questions.jsonl", lambda: isara.ask(setting, 1, pool, sample))
-        answers = stage(folder / "answers.jsonl", lambda: isara.answer(setting, 1, pool, questions, sample))
-        pairs = [*pool, *isara.records(setting, 1, pool, questions, answers)]
-        tune(ground, name, pairs, steps=loop.steps(len(pairs), config.sft), seed=seed)
-        measured(ground, name)
-        kinds.setdefault(variant, []).append(name)
-        kept.setdefault(variant, []).append(len(pairs) - len(pool))
-    counts = "; ".join(f"{kind}: {', '.join(map(str, numbers))}" for kind, numbers in kept.items())
-    return f"pairs kept: {counts}\n\n{table(ground, kinds)}\n\n{between(ground, kinds, [(v, 'isara') for v in VARIANTS])}"
-
-
 # --------------------------------------------------------------------------------------------------------------------------- damage
 def damage(ground: Ground) -> str:
     """The loss on Self-Instruct's seed tasks, which no model was trained on."""
-    names = ["base", "human", "isara", "shuffled", "seeds", "human@0.5", "isara@0.5", "human.lr2e-05.epoch6", "isara.lr2e-05.epoch6",
-             "human.lr0.0001.epoch6", "isara.lr0.0001.epoch6", "human.lr0.0003.epoch6", "isara.lr0.0003.epoch6"]
+    names = ["base", "human", "isara", "shuffled", "human@0.5", "isara@0.5", "human.lr0.0003.epoch6", "isara.lr0.0003.epoch6"]
     base = damaged(ground, "base")
     lines = [f"{len(base)} seed tasks, {sum(r['nll_tokens'] for r in base)} tokens of answers", "",
              "| model | NLL a token | change |", "|---|---|---|"]

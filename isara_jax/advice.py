@@ -45,7 +45,8 @@ def _after_verdict(root: Path, config: dict[str, Any], results: dict[str, Any]) 
     told = lambda name: name in against and not against[name]["said"].startswith("not distinguishable")
     shown, model = _shown(root), config["model"]["name"]
     chat = f"python -m isara_jax.chat --model={shown}" + ("/all" if config["data"]["folds"] else "")
-    icl = f"python -m isara_jax.chat --model={shlex.quote(model)} --icl_knn={shown}" + ("/all" if config["data"]["folds"] else "")
+    pool = shlex.quote(config["data"]["seeds"]) if config["data"]["folds"] else shown  # no fold has every pair
+    icl = f"python -m isara_jax.chat --model={shlex.quote(model)} --icl_knn={pool}"
     steps: list[Advice] = []
     if told("base") and not gain("base"):
         steps.append(Advice("the tuned model is worse than the starting one: do not use it", f"python -m isara_jax.chat --model={shlex.quote(model)}"))
@@ -54,14 +55,14 @@ def _after_verdict(root: Path, config: dict[str, Any], results: dict[str, Any]) 
         steps.append(Advice(f"ICL-kNN, the nearest seeds in the prompt of the untrained model, is {how} needs no training: use it", icl))
     if told("base") and gain("base"):
         said = against["base"]["said"]
+        if _has_judged_pairs(config) and not (root / "all").exists():
+            steps.append(Advice("before serving, train on every pair, those it was judged on too", _command(root, more="--refit_all")))
         if said == "better":
             steps.append(Advice("the tuned model is better than the starting one: serve it", chat))
         else:
             steps.append(Advice(f"against the starting model the verdict is: {said}. Read answers before you serve it", chat))
         if "sft_steps" in against and not (told("sft_steps") and gain("sft_steps")):
             steps.append(Advice("fine-tuning on the seeds alone does as well in as many steps: the generated pairs have not shown their worth", ""))
-        if _has_judged_pairs(config) and not (root / "all").exists():
-            steps.append(Advice("before serving, train on every pair, those it was judged on too", _command(root, more="--refit_all")))
     elif "base" in against and not told("base"):
         least = against["base"].get("detectable")
         size = f": {against['base']['rows']} rows show a difference of {_scaled(least, results)} or more" if least else ""

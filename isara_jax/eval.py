@@ -63,7 +63,8 @@ def _evaluate(args: cli.Args, workdir: Workdir | None) -> None:
         args.config, model=dataclasses.replace(args.config.model, name=args.model))
     _, chosen = evalset.load_data(config)
     if chosen is None:
-        raise UserError("config.eval.benchmark is empty, so there is nothing to evaluate on. Name a benchmark or a file with it.")
+        raise UserError("config.eval.benchmark is empty and config.data names no test rows of a single run, so there is nothing to "
+                        "evaluate on. Name a benchmark or a file in config.eval.benchmark.")
     usual = workdir.evaluation if workdir else Path("runs/eval") / Path(args.model).name
     folder = (Path(args.out) if args.out else usual) / chosen.split
     preflight.writable(folder)
@@ -142,20 +143,19 @@ def _both(workdir: Workdir, config: Config, asked: blind.Asked, console: Console
     items = blind.pick(_items(workdir, config, asked.split), asked)
     preflight.compilation_cache()
     base, tokens = _load(config), _answer_tokens(config)
-    own, room = forms.bare(make_template(config, base.blueprint), base.context - tokens), base.context - tokens
-    judged = _judged_form(workdir, asked)
-    known = {form.name: form for form in (own, forms.primer(room))}
-    if judged == "chat" and judged not in known:
-        known[judged] = forms.bare(dataclasses.replace(own.template, form="chat", render_chat=base.tokenizer.render_chat), room)
+    room = base.context - tokens
+    own, judged = forms.bare(make_template(config, base.blueprint), room), _judged_form(workdir, asked)
+    chat = dataclasses.replace(own.template, form="chat", render_chat=base.tokenizer.render_chat)
+    best = {"primer": forms.primer(room), "chat": forms.bare(chat, room)}.get(judged, own)
     tuned, iteration = trained.last(workdir, base)
     texts = []
-    for lm, form in ((base, known.get(judged, own)), (tuned, own)):
+    for lm, form in ((base, best), (tuned, own)):
         with console.progress(f"answers ({form.name})", len(items)) as progress:
             rows = evaluate.measure(lm.prepared(), items, form, parts=("answers",), new_tokens=tokens, seed=config.seed,
                                     on_progress=lambda done, prefilled, generated: progress.update(done, tokens=prefilled + generated))
         texts.append([row["answer"] for row in rows])
     rows = tuple(blind.Both(i.id, i.question, after, before) for i, before, after in zip(items, *texts, strict=True))
-    return blind.Answers(iteration, own.name, known.get(judged, own).name, rows)
+    return blind.Answers(iteration, own.name, best.name, rows)
 
 
 def _items(workdir: Workdir, config: Config, split: str) -> Sequence[Item]:

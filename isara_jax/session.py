@@ -15,7 +15,7 @@ from isara_jax import preflight
 from isara_jax.common import UserError, write_jsonl
 from isara_jax.config import Config
 from isara_jax.console import Console
-from isara_jax.data import filters, prompts, seeds
+from isara_jax.data import filters, prompts, seeds, survey
 from isara_jax.data.batching import Example
 from isara_jax.data.pool import Pool, Record, pair_id
 from isara_jax.data.prompts import Template
@@ -117,6 +117,11 @@ class Session:
         prompt, continuation = tokenizer.encode_pair(self.template.training_segments(question), self.template.continuation(answer))
         return Example((*prompt, *continuation, tokenizer.eos_id), len(prompt))
 
+    def too_long(self, question: str, answer: str) -> str | None:
+        """What is wrong with a pair that the model cannot hold; None where it can."""
+        n, context = len(self.example(question, answer).tokens), self.blueprint.context
+        return f"the pair has {n} tokens, and this model takes {context}" if n > context else None
+
 
 def open_session(blueprint: Blueprint, seed_set: seeds.SeedSet, eval_set: EvalSet | None, config: Config, workdir: Workdir,
                  console: Console, dtype: str, mesh: Mesh) -> Session:
@@ -149,11 +154,22 @@ def make_template(config: Config, blueprint: Blueprint) -> Template:
                     blueprint.tokenizer.render_chat if chat else None)
 
 
-def report_seeds(session: Session) -> None:
-    """Say what the seeds are, what is held out, what the filters would make of them."""
-    console, pairs, config = session.console, session.seed_set.pairs, session.config
-    for warning in (*session.seed_set.warnings, *prompts.marker_warnings(pairs, session.template)):
+def report_pairs(session: Session) -> None:
+    """Say what the pairs look like, those that are judged on too where they are of one file: once a command, before anything is generated."""
+    console, config, path = session.console, session.config, session.seed_set.path
+    judged = [i for i in session.eval_set.guarded if i.file == path] if session.eval_set else []
+    found = survey.survey(sorted([*session.seed_set.pairs, *judged], key=lambda p: p.row), config.filters)
+    for warning in (*session.seed_set.warnings, *prompts.marker_warnings(session.seed_set.pairs, session.template), *survey.warnings(found),
+                    *survey.language_warnings(found, config.model.name, config.retrieval.encoder)):
         console.warn(warning)
+    console.note(f"{found.pairs} pairs in {path}")
+    for line in survey.lines(found):
+        console.note(line)
+
+
+def report_seeds(session: Session) -> None:
+    """Say what the seeds are, what of them is held out, and which limits follow from them."""
+    console, pairs, config = session.console, session.seed_set.pairs, session.config
     origin = lambda field: ", ".join(sorted({getattr(s, field) for s in pairs}))
     said = "; ".join(f"{field} {origin(field)}" for field in ("author", "source", "licence"))
     console.note(f"{len(pairs)} seed pairs ({session.seed_set.path}): {said}")
@@ -168,14 +184,6 @@ def report_seeds(session: Session) -> None:
     derived = lambda kind: "" if getattr(config.generate, kind).max_new_tokens else ", a quarter more than the longest seed's"
     console.note(f"a new question may take {session.limits.question} tokens{derived('question')}; an answer {session.limits.answer}"
                  f"{derived('answer')}")
-    for kind in ("question", "answer"):
-        shares = filters.seed_shares(pairs, kind, config.filters)
-        said = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        console.note(f"share of the seeds each {kind} filter would reject: {said or 'none of them looks at the text alone'}")
-        for name, share in shares.items():
-            if share > 0.1:
-                console.warn(f"the {kind} filter {name} would reject {share:.0%} of your own seeds: loosen it (config.filters) or drop it "
-                             f"from filters.{kind}")
 
 
 def start_pool(session: Session) -> None:

@@ -26,7 +26,7 @@ from isara_jax.folds import Job
 from isara_jax.ledger import Ledger
 from isara_jax.methods.setting import Setting
 from isara_jax.metrics import MetricsWriter
-from isara_jax.session import Session, open_session, report_seeds, start_pool
+from isara_jax.session import Session, open_session, report_pairs, report_seeds, start_pool
 from isara_jax.sharding import make_mesh
 from isara_jax.stop import StopRule
 from isara_jax.work import Work
@@ -94,6 +94,7 @@ def carry_out(config: Config, root: Workdir, parts: Sequence[Job], ready: Sequen
               refit_all: bool) -> Run:
     """Make the runs one after the other, join the folds, and train on all pairs where that is asked for."""
     console, made = ready[0].console, []
+    report_pairs(ready[0])
     for job, session in zip(parts, ready, strict=True):
         if job.title:
             console.rule(job.title)
@@ -156,7 +157,8 @@ def iterate(session: Session, setting: Setting, work: Work, t: int) -> dict[str,
     config, method = session.config, session.method
     session.console.rule(f"iteration {t} of at most {config.stop.iterations}")
     new = method.expand(setting, t, work.sampler(t))
-    if config.review:
+    decided = (session.workdir.iteration(t) / "review.done").exists()  # stays decided when config.review is changed later
+    if decided or config.review and setting.pool.last() < t:
         new = _reviewed(session, setting, t, new)
     setting.pool.append(t, new)
     made = {"iteration": t, "requests": config.generate.requests, "kept": len(new), "funnel": summary.funnel(session.workdir.iteration(t)),
@@ -175,7 +177,8 @@ def _reviewed(session: Session, setting: Setting, t: int, new: list[Record]) -> 
     barred = splits.LeakIndex([*evalset.items_of("held-out seeds", session.held_out), *(session.eval_set.guarded if session.eval_set else ())])
     by_id = {r.id: r for r in setting.pool.snapshot(t - 1)}
     try:
-        return review.reviewed(session.workdir.root, session.workdir.iteration(t), t, new, by_id, barred.near, session.console.note)
+        return review.reviewed(session.workdir.root, session.workdir.iteration(t), t, new, by_id, barred.near, session.console.note,
+                               fits=session.too_long)
     except review.Pending:
         summary.page(session)
         raise
@@ -206,6 +209,7 @@ def _train(args: cli.Args) -> None:
             console.warn(blueprint.note)
         ready = [open_session(blueprint, job.seed_set, job.eval_set, job.config, job.workdir, console, dtype, mesh) for job in parts]
         if args.dry_run:
+            report_pairs(ready[0])
             for job, session in zip(parts, ready):
                 if job.title:
                     console.rule(job.title)

@@ -84,8 +84,9 @@ def test_an_unjudged_run_may_be_judged_in_another_workdir(tmp_path):
 
 
 def test_a_fold_has_no_model_of_its_own_to_serve(tmp_path):
-    root = run(tmp_path, against={"base": BETTER, "icl_knn": SAME}, data={"folds": 3, "test_share": 0.0})
-    assert "--model=runs/mine/all]" in said(root) and "--icl_knn=runs/mine/all]" in said(root)
+    root = run(tmp_path, against={"base": BETTER, "icl_knn": SAME}, data={"folds": 3, "test_share": 0.0, "seeds": "mine.csv"})
+    text = said(root)
+    assert text.index("--refit_all]") < text.index("--model=runs/mine/all]") and "--icl_knn=mine.csv]" in text
 
 
 def test_a_review_that_waits_comes_before_everything(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from isara_jax import config
 from isara_jax.common import UserError
 from isara_jax.data import filters
-from isara_jax.data.filters import Candidate, check_names, run, seed_shares
+from isara_jax.data.filters import Candidate, check_names, run, seed_rejections
 from isara_jax.data.rouge import NoveltyIndex, tokens
 
 SETTINGS = config.Filters()
@@ -113,12 +113,12 @@ def test_names_are_checked(changes, message):
     assert message in str(e.value)
 
 
-def test_shares_of_the_seeds_that_would_be_rejected():
+def test_the_seeds_that_would_be_rejected():
     pair = lambda q, a: SimpleNamespace(question=q, answer=a)
     seeds = [pair("Is it true that water boils?", "Yes."), pair("Is it true that water boils", "No, not always at one hundred degrees."),
              pair("Why?", "Yes."), pair("Which of these numbers is prime?", "Which of these numbers is prime, you ask: seven.")]
-    assert seed_shares(seeds, "question", SETTINGS) == {
-        "parse": 0, "truncated": 0, "min_words": 0.25, "ngram_loop": 0, "exemplar_copy": 0.5}
-    assert seed_shares(seeds, "answer", SETTINGS) == {
-        "parse": 0, "truncated": 0, "min_words": 0.5, "echo": 0.25, "ngram_loop": 0, "exemplar_copy": 0.5}
-    assert seed_shares(seeds, "answer", dataclasses.replace(SETTINGS, answer=("min_words",), min_words=1)) == {"min_words": 0}
+    assert seed_rejections(seeds, "question", SETTINGS) == {
+        "parse": [], "truncated": [], "min_words": [2], "ngram_loop": [], "exemplar_copy": [0, 1]}
+    assert seed_rejections(seeds, "answer", SETTINGS) == {
+        "parse": [], "truncated": [], "min_words": [0, 2], "echo": [3], "ngram_loop": [], "exemplar_copy": [0, 2]}
+    assert seed_rejections(seeds, "answer", dataclasses.replace(SETTINGS, answer=("min_words",), min_words=1)) == {"min_words": []}

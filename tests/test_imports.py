@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "isara_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = {"data", "models", "sft", "decode", "retrieval", "methods", "evals"}
+ROOMS = {"data", "models", "sft", "decode", "retrieval", "methods", "evals", "page"}
 GROUND = {"common", "config", "metrics"}                    # under every room
 SHELL = {"train", "eval", "lm", "session", "preview", "cards", "cli", "checkpoint", "work", "summary", "arms", "judge", "evalset",
          "kept", "trained", "advice", "review", "blind", "icl", "chat", "report", "folds"}  # entry points and what only they use
@@ -21,6 +21,7 @@ MAY = {
     "decode": {"decode", "data", "models", "sharding"} | GROUND,
     "retrieval": {"retrieval", "data", "models", "sharding"} | GROUND,
     "methods": {"methods", "sft", "decode", "retrieval", "data", "models", "sharding", "workdir"} | GROUND,
+    "page": {"page", "evals", "data", "console"} | GROUND,   # and no jax, as a test below sees
     "evals": {"evals", "sft", "decode", "retrieval", "data", "models", "sharding"} | GROUND,
 }
 
@@ -98,7 +99,7 @@ def test_nothing_at_run_time_needs_torch_or_tensorflow():
 def test_light_commands_import_no_jax():
     """What is listed here, and all it imports in turn, starts without jax: seen from a fresh interpreter."""
     modules = ["isara_jax", "isara_jax.cli", "isara_jax.config", "isara_jax.fetch", "isara_jax.metrics", "isara_jax.workdir",
-               *(f"isara_jax.data.{f.stem}" for f in FILES if room(f) == "data" and f.stem != "__init__"), "isara_jax.models.resolve"]
+               *(f"isara_jax.data.{f.stem}" for f in FILES if room(f) == "data" and f.stem != "__init__"), "isara_jax.models.resolve", "isara_jax.report", "isara_jax.advice", "isara_jax.review", "isara_jax.blind"]
     code = f"import sys, importlib\nfor m in {modules!r}:\n    importlib.import_module(m)\n    assert 'jax' not in sys.modules, m\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -137,6 +137,20 @@ def test_a_run_that_has_just_begun_says_what_is_missing(tmp_path):
     assert "0 of at most 2 iteration(s) are finished" in said and "There is no verdict yet" in said
 
 
+def test_a_run_that_is_still_evaluating_is_not_finished(tmp_path):
+    root = page_runs.small(tmp_path)
+    (root / "evaluation/dev/results.json").unlink()
+    said = page_of(root).text
+    assert "not finished" in said and "There is no verdict yet: the evaluation has not finished." in said
+
+
+def test_a_run_that_is_not_judged_is_finished_without_a_verdict(tmp_path):
+    root = page_runs.small(tmp_path, {"eval": {"benchmark": ""}})
+    (root / "evaluation/dev/results.json").unlink()
+    said = page_of(root).text
+    assert "not finished" not in said and "the run was given nothing to judge on" in said
+
+
 def test_a_run_that_waits_for_a_person_says_so(tmp_path):
     page_runs.start(tmp_path)
     (tmp_path / "review.csv").write_text("id\n")

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from isara_jax.config import Data, Filters
 from isara_jax.data import cells
-from isara_jax.data.filters import seed_rejections, seed_shares
 from isara_jax.data.languages import hardly_english, language, script, scripts
 from isara_jax.data.rouge import f_measure, tokens
 from isara_jax.data.seeds import Seed, built_in, load_seeds
@@ -69,7 +68,7 @@ def test_one_question_with_several_answers_is_no_near_duplicate():
     assert found.same_answers == ()
 
 
-def test_rejected_rows_are_those_of_the_shares():
+def test_rejected_rows_and_their_shares():
     rows = pairs(("Why?", "Because it is so and not otherwise."), ("Is it true that this is so?", "Yes."),
                  ("What is the answer to that one?", "What is the answer to that one? It is here."),
                  ("Who said again what was said?", "no no no no no no no no no"), ("Is it true that this is so?", "It is not."))
@@ -77,9 +76,6 @@ def test_rejected_rows_are_those_of_the_shares():
     assert found.rejections["question"] == {"parse": (), "truncated": (), "min_words": (2,), "ngram_loop": (), "exemplar_copy": (3, 6)}
     assert found.rejections["answer"] == {"parse": (), "truncated": (), "min_words": (3, 6), "echo": (4,), "ngram_loop": (5,),
                                           "exemplar_copy": ()}
-    for stage in ("question", "answer"):
-        rejections = seed_rejections(rows, stage, Filters())
-        assert seed_shares(rows, stage, Filters()) == {name: len(found) / 5 for name, found in rejections.items()}
     said_of = "\n".join(warnings(found))
     assert "the question filter min_words would reject 20% of your own seeds (row 2)" in said_of
     assert "the answer filter min_words would reject 40% of your own seeds (rows 3 and 6)" in said_of
@@ -250,6 +246,12 @@ def test_five_thousand_pairs():
     rows = [(" ".join(rng.choices(words, k=8)) + "?", " ".join(rng.choices(words, k=60))) for _ in range(4998)]
     found = surveyed(*rows, ("How do I clean the tank of it?", "With water."), ("How do I clean the lid of it?", "With soap."))
     assert found.pairs == 5000 and found.near_questions == ((5000, 5001),)
+
+
+def test_scripts_are_said_where_there_are_several():
+    text = "\n".join(lines(surveyed(("Что это такое?", "Это Python."), ("И это?", "Тоже."))))
+    assert "language: Cyrillic script" in text and "scripts: Cyrillic 79%, Latin 21% of the letters" in text
+    assert "scripts" not in "\n".join(lines(surveyed(*PLAIN)))
 
 
 def test_rows_are_named_up_to_five():

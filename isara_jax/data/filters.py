@@ -150,8 +150,3 @@ def seed_rejections(pairs: Sequence[Any], stage: str, settings: config.Filters) 
         counts = collections.Counter(words)
         rejected["exemplar_copy"] = [i for i, text in enumerate(words) if counts[text] > 1]
     return rejected
-
-
-def seed_shares(pairs: Sequence[Any], stage: str, settings: config.Filters) -> dict[str, float]:
-    """The share of the seeds that each filter of a stage would reject by itself: see `seed_rejections`."""
-    return {name: len(rejected) / len(pairs) for name, rejected in seed_rejections(pairs, stage, settings).items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from isara_jax.common import UserError
-from isara_jax.data.seeds import COLUMNS, first_column
+from isara_jax.data.seeds import COLUMNS, USUAL, first_column
 from isara_jax.data.tables import Row, Table, complaint, describe, read_table
 
 
@@ -32,7 +32,7 @@ def read_questions(file: str | Path, column: str | None = None) -> Questions:
     usual = [column.strip().casefold()] if column else COLUMNS["question"]
     found = column if column in table.columns else first_column(table.columns, usual)
     if found is None and any(row.values is not None for row in table.rows):
-        raise UserError(f"{path}: no column for questions ({column or ', '.join(COLUMNS['question'])}). Columns found: "
+        raise UserError(f"{path}: no column for questions ({column or ', '.join(USUAL['question'])}). Columns found: "
                         f"{', '.join(map(repr, table.columns[:20])) or 'none'}. Say which to take with --question=COLUMN.")
     more = first_column(table.columns, ("input", "context")) if found and found.strip().casefold() == "instruction" else None
     made = {row.number: row.problem if row.values is None else _question(row.values, found, more) for row in table.rows}

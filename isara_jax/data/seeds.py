@@ -295,8 +295,8 @@ def _warnings(table: Table, pairs: Sequence[Seed]) -> list[str]:
     for count in sorted(filter(None, unknown), reverse=True):
         fields = unknown[count]
         which, several = "the" if count == len(pairs) else f"{count} of the", len(fields) > 1
-        out.append(f"{table.path}: the {_and(fields)} of {which} seeds {'are' if several else 'is'} unknown, and every generated pair inherits "
-                   f"that; say {'them' if several else 'it'} with {' '.join(f'--config.data.{field}=…' for field in fields)} or "
+        out.append(f"{table.path}: the {_and(fields)} of {which} seeds {'are' if several else 'is'} unknown, and every generated pair "
+                   f"inherits that; say {'them' if several else 'it'} with {' '.join(f'--config.data.{field}=…' for field in fields)} or "
                    f"{'columns' if several else 'a column'} {_and(list(map(repr, fields)))}")
     rows: dict[str, list[int]] = defaultdict(list)
     for p in pairs:

@@ -119,9 +119,8 @@ def tidy(cell: str) -> str:
 
 def lost_letters(cell: str, text: str) -> bool:
     """Whether a cell is a text whose letters became question marks: what saving in an encoding that lacks them leaves."""
-    cell, text = _core(cell), _core(text)
-    pattern = "".join(re.escape(c) if c.isascii() else r"(?:.|\?\?)" for c in text)
-    return cell.count("?") > text.count("?") and re.fullmatch(pattern, cell, re.DOTALL) is not None
+    left = lambda t: "".join(c for c in _core(t) if c.isascii() and c != "?")
+    return cell.count("?") > text.count("?") and left(cell) == left(text)
 
 
 def fingerprint(*texts: str) -> str:
@@ -192,11 +191,13 @@ def _encoding(path: Path, known: Collection[str]) -> str | None:
 
 def _codepage(data: bytes, known: Sequence[str]) -> str | None:
     """The one in which most of the texts are found; Western Windows where none is found in any."""
-    squashed = lambda text: re.sub(r"[\s\"']+", "", text)
+    squashed = lambda text: "".join(text.replace('"', "").replace("'", "").split())
     found: dict[str, int] = {}
     for name in _CODEPAGES:
         with contextlib.suppress(UnicodeDecodeError):
             text = squashed(data.decode(name))
             found[name] = sum(squashed(t) in text for t in known)
+            if known and found[name] == len(known):
+                return name
     best = max(found, key=lambda name: found[name], default=None)
     return best if best == "cp1252" or best and found[best] else None

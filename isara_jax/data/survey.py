@@ -155,7 +155,9 @@ def _crossed(pair: Seed) -> bool:
 def lines(found: Survey) -> list[str]:
     """What to know about the pairs, as notes."""
     out = [f"questions have {_length(found.question)}; answers have {_length(found.answer)}",
-           f"language: {_spoken(found)}" + (f"; scripts: {_shares(found.scripts)}" if len(found.scripts) > 1 else "")]
+           f"language: {_spoken(found)}"]
+    if len(noticed := [f"{name} {share:.0%}" for name, share in found.scripts.items() if share >= 0.01]) > 1:
+        out.append(f"scripts: {', '.join(noticed)} of the letters")
     if found.same_questions:
         out.append(f"several answers to {_count(len(found.same_questions), 'question')} ({_grouped(found.same_questions)})")
     alike = len(found.near_questions)
@@ -184,12 +186,9 @@ def _spoken(found: Survey) -> str:
     return ", ".join(shown)
 
 
-def _shares(shares: dict[str, float]) -> str:
-    return ", ".join(f"{name} {'under 1%' if share < 0.01 else f'{share:.0%}'}" for name, share in shares.items())
-
-
 def _share(rows: Rows, found: Survey) -> str:
-    return f"{len(rows) / max(found.pairs, 1):.0%}"
+    share = len(rows) / max(found.pairs, 1)
+    return "under 1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------- warnings

@@ -52,7 +52,8 @@ def gather(root: Path) -> Row:
     page["pairs"] = reader.guarded("the pairs", lambda: pairs.browser(numbers, items), pairs.Browser())
     for run, (_, r) in zip(page["runs"], inside, strict=True):
         run["diversity"] = reader.guarded("diversity", lambda run=run, r=r: _diversity(r, run["iterations"]), [])
-    page["finished"] = all(_stop(r) for _, r in inside)
+    kept = sum(i["kept"] for run in page["runs"] for i in run["iterations"])
+    page["finished"] = all(_stop(r) for _, r in inside) and bool(page["evaluations"] or not _is_judged(config) or not kept)
     page["stopped"] = [s for _, r in inside if (s := _stop(r))]
     page["missing"], page["problems"] = _missing(page, inside, config), list(dict.fromkeys(problems))
     return page
@@ -147,13 +148,18 @@ def _missing(page: Row, inside: Sequence[tuple[int, Reader]], config: Row) -> li
             said.append(f"{where}the run waits for a person: read review.csv, edit it and give the same command again.")
         if not _stop(reader):
             said.append(f"{where}the run has not come to its end: {len(done)} of at most {wanted} iteration(s) are finished.")
-    data = table(config.get("data"))
-    judged = table(config.get("eval")).get("benchmark") or any(data.get(name) for name in ("test", "test_share", "folds"))
     if not page["evaluations"]:
-        said.append("There is no verdict yet: the evaluation has not finished." if judged else
+        said.append("There is no verdict: no pair was kept, so no model was tuned." if _is_judged(config) and page["finished"] else
+                    "There is no verdict yet: the evaluation has not finished." if _is_judged(config) else
                     "There is no verdict: the run was given nothing to judge on (a benchmark, a test file, a share of the pairs, or "
                     "folds).")
     return said
+
+
+def _is_judged(config: Row) -> bool:
+    """Whether the run was given something to judge on."""
+    data = table(config.get("data"))
+    return bool(table(config.get("eval")).get("benchmark") or any(data.get(name) for name in ("test", "test_share", "folds")))
 
 
 # ----------------------------------------------------------------------------------------------------------------------- parts

@@ -153,7 +153,8 @@ function browser(place) {
   function row(i) {
     const group = `pair ${i}`, kind = verdict(i);
     const badge = el("span", { class: `badge ${kind}` }, kind === "rejected" ? reason(i).replace("/", ": ") : kind);
-    const where = `${c.fold[i] ? `fold ${c.fold[i]}, ` : ""}iteration ${c.iteration[i]}`;
+    const named = data.sensitive && c.id[i] ? `${c.id[i]} · ` : ""; // where texts are hidden, ids tell pairs apart
+    const where = `${named}${c.fold[i] ? `fold ${c.fold[i]}, ` : ""}iteration ${c.iteration[i]}`;
     const head = el("button", { type: "button", "aria-expanded": String(open.has(i)), "data-pair": i, onclick: () => toggle(i) },
       said(question(i), group, "span", "line"), said(answer(i), group, "span", "line second"),
       el("span", { class: "marks" }, badge, where));
