@@ -4,7 +4,7 @@
 
     content    one pool of ISARA's, steps matched: as it is, answers shuffled, greedy answers, halves by likelihood, seeds, human pairs;
                weights between the starting model and a tuned one; with --repeats=N again with other seeds
-    rate       three learning rates, six epochs, on human pairs and on ISARA's pool
+    rate       three learning rates, six epochs, on human pairs and on ISARA's pool; one epoch alone, with --repeats=N also of other seeds
     answers    held-out questions answered in context: exemplars x temperature
     sheet      twenty answers of each of four settings, shuffled, to be judged without seeing the setting; `tally` reads the judgements
     questions  new questions: temperature x choice of exemplars x size of the pool
@@ -34,7 +34,7 @@ def main(part: str, data: str, root: Path, repeats: int) -> None:
     ground = open_ground(data, root)
     made = {
         "content": lambda: screening_train.content(ground, repeats),
-        "rate": lambda: screening_train.rate(ground),
+        "rate": lambda: screening_train.rate(ground, repeats),
         "damage": lambda: screening_train.damage(ground),
         "answers": lambda: screening_generate.answers(ground),
         "sheet": lambda: screening_generate.sheet(ground),
@@ -50,6 +50,6 @@ if __name__ == "__main__":
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--data", required=True, help="folder with the benchmarks' files")
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--repeats", type=int, default=0, help="content: further seeds")
+    parser.add_argument("--repeats", type=int, default=0, help="content, rate: further seeds")
     args = parser.parse_args()
     main(args.part, args.data, args.workdir, args.repeats)

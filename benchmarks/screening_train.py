@@ -104,21 +104,38 @@ def arms(ground: Ground, pairs: Sequence[Record], seed: int) -> dict[str, list[R
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- rate
-def rate(ground: Ground) -> str:
-    """Three learning rates, one run of six epochs each, on human pairs and on ISARA's pool, read after one, three and six epochs."""
-    pairs = isara_pairs(ground, 0)
-    pools = {"human": [*ground.seeds, *human_pairs(ground, 0, len(pairs))], "isara": [*ground.seeds, *pairs]}
+def rate(ground: Ground, repeats: int) -> str:
+    """Three learning rates, one run of six epochs each, on human pairs and on ISARA's pool, read after one, three and six epochs.
+
+    Then runs of one epoch with a schedule of their own, on the pools of `repeats` further seeds too.
+    """
     names = []
     for lr in RATES:
-        for pool, chosen in pools.items():
-            run = f"{pool}.lr{lr:g}"
-            epoch = loop.steps(len(chosen), dataclasses.replace(ground.config.sft, epochs=1))
+        for pool, chosen in pools(ground, 0).items():
+            run, epoch = f"{pool}.lr{lr:g}", epoch_steps(ground, chosen)
             tune(ground, f"{run}.epoch{EPOCHS}", chosen, steps=EPOCHS * epoch, rate=lr, epochs=EPOCHS,
                  read={e * epoch: f"{run}.epoch{e}" for e in READ})
             names += [f"{run}.epoch{e}" for e in (*READ, EPOCHS)]
             for name in names[-3:]:
                 measured(ground, name)
-    return table(ground, {name: [name] for name in sorted(names)})
+    kinds = {name: [name] for name in sorted(names)}
+    for seed in range(repeats + 1):
+        for pool, chosen in pools(ground, seed).items():
+            name = f"{pool}.short" + (f".seed{seed}" if seed else "")
+            tune(ground, name, chosen, steps=epoch_steps(ground, chosen), epochs=1, seed=seed)
+            measured(ground, name)
+            kinds.setdefault(f"{pool}, {RATE:g}, one epoch alone", []).append(name)
+    return table(ground, kinds)
+
+
+def pools(ground: Ground, seed: int) -> dict[str, list[Record]]:
+    """Human pairs, and as many of ISARA's; the seeds stand in both."""
+    pairs = isara_pairs(ground, seed)
+    return {"human": [*ground.seeds, *human_pairs(ground, seed, len(pairs))], "isara": [*ground.seeds, *pairs]}
+
+
+def epoch_steps(ground: Ground, pairs: Sequence[Record]) -> int:
+    return loop.steps(len(pairs), dataclasses.replace(ground.config.sft, epochs=1))
 
 
 # --------------------------------------------------------------------------------------------------------------------------- damage

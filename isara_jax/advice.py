@@ -44,8 +44,8 @@ def _after_verdict(root: Path, config: dict[str, Any], results: dict[str, Any]) 
     gain = lambda name: better * against[name]["difference"] > 0
     told = lambda name: name in against and not against[name]["said"].startswith("not distinguishable")
     shown, model = _shown(root), config["model"]["name"]
-    chat = f"python -m isara_jax.chat --model={shown}" + ("/all" if config["data"]["folds"] else "")
-    pool = shlex.quote(config["data"]["seeds"]) if config["data"]["folds"] else shown  # no fold has every pair
+    chat = f"python -m isara_jax.chat --model={shown}" + ("/all" if config["data"].get("folds") else "")
+    pool = shlex.quote(config["data"]["seeds"]) if config["data"].get("folds") else shown  # no fold has every pair
     icl = f"python -m isara_jax.chat --model={shlex.quote(model)} --icl_knn={pool}"
     steps: list[Advice] = []
     if told("base") and not gain("base"):
@@ -142,7 +142,7 @@ def _last_line(root: Path) -> str:
 
 
 def _has_judged_pairs(config: dict[str, Any]) -> bool:
-    return bool(config["data"]["folds"] or config["data"]["test_share"])
+    return bool(config["data"].get("folds") or config["data"].get("test_share"))
 
 
 def _scaled(value: float, results: dict[str, Any]) -> str:

@@ -27,8 +27,12 @@ def announce(session: Session) -> None:
     """Say, before anything is generated, what will be judged by what, on which rows, against which baselines."""
     chosen, settings, console = session.eval_set, session.config.eval, session.console
     if chosen is None:
-        console.note("nothing judges this run: keep pairs for it with --config.data.test_share=0.25 (at least 8 pairs) or --config.data.folds=3, "
-                     "or name a file of others with --config.data.test=FILE")
+        data = session.config.data
+        console.note("nothing judges this run: " + (
+            f"of these pairs no share can be kept for it (config.data.test_share={data.test_share}): that takes 8 pairs that do not hang together "
+            "by near questions. Name a file of others with --config.data.test=FILE" if data.test_share else
+            "keep pairs for it with --config.data.test_share=0.25 or --config.data.folds=3, or name a file of others with "
+            "--config.data.test=FILE"))
         return
     against = [a for a in BASELINES if a in settings.chosen_arms]
     console.note(f"to be judged: {chosen.primary.label} of the {settings.model} iteration on {len(chosen.rows)} {chosen.split} rows of "

@@ -115,6 +115,7 @@ def carry_out(config: Config, root: Workdir, parts: Sequence[Job], ready: Sequen
         session = open_session(lm.blueprint, job.seed_set, job.eval_set, job.config, job.workdir, console, lm.dtype, lm.mesh)
         start(session)
         done = dataclasses.replace(run(session, lm), evaluation=done.evaluation)
+        report.write(root.root)  # again, now that there is a page to link to
         summary.next_steps(console, job.workdir.root)
     return done
 

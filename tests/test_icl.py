@@ -2,10 +2,11 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 import isara_jax
-from isara_jax import icl, train
+from isara_jax import cli, icl
 from isara_jax.common import UserError, read_jsonl
 from isara_jax.config import from_dict
 from isara_jax.console import Console
@@ -16,7 +17,7 @@ from isara_jax.session import open_session
 from isara_jax.workdir import Workdir
 
 TOPICS = ("kettle", "ladder", "violin", "anchor", "pillow", "rocket", "garden", "mirror", "basket", "candle", "bridge", "hammer")
-PAIRS = [(f"What is a {topic} for?", f"A {topic} is for {topic[::-1]}.") for topic in TOPICS]
+PAIRS = [(f"What {topic[::-1]} is {topic} {topic[1:]}?", f"A {topic} is for {topic[::-1]}.") for topic in TOPICS]
 ASKED = ["Who owns a kettle?", "Is the garden large?", "Why rockets?"]
 TINY = {"encoder": "tiny-random-encoder"}
 
@@ -28,21 +29,23 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def lm():
-    return isara_jax.load("tiny-random", "float32")
+    """The tiny random model with larger weights, which does not say the same to everything."""
+    small = isara_jax.load("tiny-random", "float32")
+    return small.with_params(jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, small.params))
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, lm):
     """A run in a form of its own, judged against its starting model behind the nearest seeds."""
     folder = tmp_path_factory.mktemp("icl")
-    pairs = write(folder / "mine.jsonl", [{"question": q, "answer": a} for q, a in PAIRS])
     rows = write(folder / "rows.jsonl", [{"question": f"{t[::-1]} {t[1:]} near {t[:3]} {t[2:]}{t}?", "answer": f"No {t}."} for t in TOPICS])
+    config = cli.load("configs/tiny.py")
+    config.prompt.update(question_marker="Ask:", order="id", budget=170)
+    config.eval.update(benchmark=str(rows), rows=6, validation_rows=2, answer_rows=6, answer_tokens=40, arms=("icl_knn", "isara"))
+    config.retrieval.k, config.stop.iterations, config.generate.requests = 3, 1, 8
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("isara_jax.kept.cache_folder", lambda: folder / "cache")
-        train.main(["--config=configs/tiny.py", f"--workdir={folder / 'run'}", f"--config.data.seeds={pairs}", f"--config.eval.benchmark={rows}",
-                    "--config.eval.rows=6", "--config.eval.validation_rows=2", "--config.eval.answer_rows=6", "--config.eval.answer_tokens=40",
-                    "--config.eval.arms=base,icl_knn,isara", "--config.stop.iterations=1", "--config.generate.requests=8", "--config.retrieval.k=3",
-                    "--config.prompt.question_marker=Ask:", "--config.prompt.order=id", "--config.prompt.budget=150"])
+        isara_jax.align(lm, write(folder / "mine.jsonl", [{"question": q, "answer": a} for q, a in PAIRS]), from_dict(config), folder / "run")
     return folder / "run"
 
 
@@ -60,7 +63,7 @@ def test_prompts_are_those_of_the_evaluated_arm(run, lm):
     expected = form.prompts(lm.tokenizer, ASKED)
     asked = isara_jax.icl_knn(lm, run)
     assert asked.prompts(ASKED) == expected and asked.form.hash == form.hash and asked.answer_tokens == session.limits.answer
-    assert all(bytes(p).startswith(b"Ask: ") and len(p) <= 150 and bytes(p).count(b"Ask: ") == 3 for p in expected)
+    assert all(bytes(p).startswith(b"Ask: ") and len(p) <= 170 and bytes(p).count(b"Ask: ") == 3 for p in expected)
 
 
 def test_greedy_answers_are_those_that_were_evaluated(run, lm):
@@ -69,7 +72,7 @@ def test_greedy_answers_are_those_that_were_evaluated(run, lm):
     items = [item for item in benchmarks.open_benchmark(str(run.parent / "rows.jsonl"), "").pool if item.id in kept]
     made = isara_jax.icl_knn(lm, str(run)).answer([item.question for item in items], max_new_tokens=40)
     assert [(a.text, a.finish) for a in made] == [kept[item.id] for item in items]
-    assert len(kept) == 6 and len({text for text, _ in kept.values()}) > 3
+    assert len(kept) == len({text for text, _ in kept.values()}) == 6
 
 
 def test_pairs_that_were_held_out_are_not_shown(run, lm):
