@@ -4,10 +4,11 @@
 
     content    one pool of ISARA's, steps matched: as it is, answers shuffled, greedy answers, halves by likelihood, seeds, human pairs;
                weights between the starting model and a tuned one; with --repeats=N again with other seeds
-    rate       three learning rates, six epochs, on human pairs and on ISARA's pool; one epoch alone, with --repeats=N also of other seeds
+    rate       three learning rates, six epochs, on human pairs and on ISARA's pool; shorter ones, with --repeats=N of other seeds too
     answers    held-out questions answered in context: exemplars x temperature
     sheet      twenty answers of each of four settings, shuffled, to be judged without seeing the setting; `tally` reads the judgements
     questions  new questions: temperature x choice of exemplars x size of the pool
+    generation whole iterations of ISARA with another temperature of answers or questions (after content, with its --repeats or fewer)
     damage     the loss on Self-Instruct's seed tasks (after content and rate)
 
 FOLDER holds TruthfulQA and Self-Instruct's seed tasks as `config.data.path` takes them. What is finished lies in DIR and is not made again.
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from isara_jax.common import atomic_write
 
-PARTS = ("content", "rate", "answers", "sheet", "tally", "questions", "damage")
+PARTS = ("content", "rate", "answers", "sheet", "tally", "questions", "generation", "damage")
 
 
 def main(part: str, data: str, root: Path, repeats: int) -> None:
@@ -39,6 +40,7 @@ def main(part: str, data: str, root: Path, repeats: int) -> None:
         "answers": lambda: screening_generate.answers(ground),
         "sheet": lambda: screening_generate.sheet(ground),
         "tally": lambda: screening_generate.tally(ground),
+        "generation": lambda: screening_train.generation(ground, repeats),
         "questions": lambda: screening_generate.questions(ground),
     }[part]()
     atomic_write(root / f"{part}.md", made + "\n")
@@ -50,6 +52,6 @@ if __name__ == "__main__":
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--data", required=True, help="folder with the benchmarks' files")
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--repeats", type=int, default=0, help="content, rate: further seeds")
+    parser.add_argument("--repeats", type=int, default=0, help="content, rate, generation: further seeds")
     args = parser.parse_args()
     main(args.part, args.data, args.workdir, args.repeats)

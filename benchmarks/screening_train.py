@@ -6,7 +6,7 @@ import itertools
 from typing import Sequence
 
 from isara_jax.arms import shuffle
-from isara_jax.config import Config, Sampling
+from isara_jax.config import Config
 from isara_jax.data.pool import Record
 from isara_jax.evals import quantities
 from isara_jax.methods import isara
@@ -16,32 +16,41 @@ from screening_ground import RATE, Ground, between, change, damaged, measured, s
 
 RATES = (2e-5, 1e-4, 3e-4)
 EPOCHS, READ = 6, (1, 3)      # of the one run per rate; parameters are also read after these epochs
+ALONE = {"short": (1e-4, 1), "slow": (2e-5, 3)}  # rate and epochs of runs with their own schedule
 SHARES = (0.25, 0.5, 0.75)    # of the way from the starting model to a tuned one
 INTERPOLATED = ("isara", "human")
-COMPARED = (("isara", "shuffled"), ("isara", "seeds"), ("isara", "greedy"), ("isara", "human"), ("top", "bottom"), ("top", "isara"),
-            ("human", "human_shuffled"), ("human", "seeds"), ("isara@0.5", "isara"), ("human@0.5", "human"))
+COMPARED = (("isara", "shuffled"), ("isara", "seeds"), ("isara", "seeds_epochs"), ("isara", "greedy"), ("isara", "human"),
+            ("top", "bottom"), ("top", "isara"), ("human", "human_shuffled"), ("human", "seeds"), ("isara@0.5", "isara"),
+            ("human@0.5", "human"))
+VARIANTS = (("answer", 0.3), ("question", 1.0))  # temperatures that are changed in whole iterations
 TURN = 34                     # places on the circle of further human pairs from one seed to the next
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- pools
-def config_of(ground: Ground, seed: int, **answer: float) -> Config:
-    """The run's config with another seed; `answer` changes how answers are sampled."""
-    generate = dataclasses.replace(ground.config.generate, answer=dataclasses.replace(Sampling(), **answer))
-    return dataclasses.replace(ground.config, seed=seed, generate=generate)
-
-
-def isara_pairs(ground: Ground, seed: int, *, greedy: bool = False) -> list[Record]:
-    """The pairs that one iteration of ISARA makes of the seeds, kept as a run keeps them; `greedy` answers the same questions greedily."""
-    config, folder = config_of(ground, seed), ground.root / "pools" / f"seed{seed}"
-    setting, sample, pool = ground.changed(config), ground.sampler(config), ground.seeds
+def iteration(ground: Ground, config: Config, name: str, *, answers: str = "answers") -> list[Record]:
+    """The pairs that one iteration of ISARA makes of the seeds, kept in `pools/NAME`; `answers` is the stem of its answers' file."""
+    setting, sample, pool, folder = ground.changed(config), ground.sampler(config), ground.seeds, ground.root / "pools" / name
     questions = stage(folder / "questions.jsonl", lambda: isara.ask(setting, 1, pool, sample))
-    name = "answers"
-    if greedy:
-        setting, name = ground.changed(config_of(ground, seed, temperature=0.0)), "greedy"
-    answers = stage(folder / f"{name}.jsonl", lambda: isara.answer(setting, 1, pool, questions, sample))
-    made = isara.records(setting, 1, pool, questions, answers)
-    say(f"seed {seed}, {name}: {len(made)} pairs kept of {len(questions)} requests")
+    rows = stage(folder / f"{answers}.jsonl", lambda: isara.answer(setting, 1, pool, questions, sample))
+    made = isara.records(setting, 1, pool, questions, rows)
+    say(f"{name}, {answers}: {len(made)} pairs kept of {len(questions)} requests")
     return made
+
+
+def isara_pairs(ground: Ground, seed: int) -> list[Record]:
+    """The pairs of one iteration at the defaults."""
+    return iteration(ground, dataclasses.replace(ground.config, seed=seed), f"seed{seed}")
+
+
+def greedy_pairs(ground: Ground) -> list[Record]:
+    """The questions of seed 0 answered greedily."""
+    generate = dataclasses.replace(ground.config.generate, answer=dataclasses.replace(ground.config.generate.answer, temperature=0.0))
+    return iteration(ground, dataclasses.replace(ground.config, generate=generate), "seed0", answers="greedy")
+
+
+def named(arm: str, seed: int) -> str:
+    """The name under which a model is kept."""
+    return f"{arm}.seed{seed}" if seed else arm
 
 
 def human_pairs(ground: Ground, seed: int, count: int) -> list[Record]:
@@ -83,11 +92,13 @@ def content(ground: Ground, repeats: int) -> str:
         steps = loop.steps(len(ground.seeds) + len(pairs), ground.config.sft)
         notes.append(f"seed {seed}: {len(pairs)} pairs of ISARA's, {steps} steps at {RATE:g}")
         for arm, chosen in arms(ground, pairs, seed).items():
-            name = f"{arm}.seed{seed}" if seed else arm
+            name = named(arm, seed)
             tune(ground, name, chosen, steps=steps, seed=seed)
             measured(ground, name)
             kinds.setdefault(arm, []).append(name)
-    kinds |= {name: [name] for name in (f"{arm}@{share}" for arm in INTERPOLATED for share in SHARES)}
+    tune(ground, "seeds_epochs", ground.seeds, steps=loop.steps(len(ground.seeds), ground.config.sft))  # as many epochs instead of steps
+    kinds["seeds_epochs"] = ["seeds_epochs"]
+    kinds |= {f"{arm}@{share}": [f"{name}@{share}" for name in kinds[arm]] for arm in INTERPOLATED for share in SHARES}
     return "\n".join(notes) + "\n\n" + table(ground, kinds) + "\n\n" + between(ground, kinds, COMPARED)
 
 
@@ -99,7 +110,7 @@ def arms(ground: Ground, pairs: Sequence[Record], seed: int) -> dict[str, list[R
     if seed:
         return repeated
     top, bottom = halves(ground, pairs)
-    return repeated | {"human_shuffled": shuffle(human, 0), "seeds": seeds, "greedy": [*seeds, *isara_pairs(ground, 0, greedy=True)],
+    return repeated | {"human_shuffled": shuffle(human, 0), "seeds": seeds, "greedy": [*seeds, *greedy_pairs(ground)],
                        "top": [*seeds, *top], "bottom": [*seeds, *bottom]}
 
 
@@ -107,7 +118,7 @@ def arms(ground: Ground, pairs: Sequence[Record], seed: int) -> dict[str, list[R
 def rate(ground: Ground, repeats: int) -> str:
     """Three learning rates, one run of six epochs each, on human pairs and on ISARA's pool, read after one, three and six epochs.
 
-    Then runs of one epoch with a schedule of their own, on the pools of `repeats` further seeds too.
+    Then shorter runs with a schedule of their own, on the pools of `repeats` further seeds too.
     """
     names = []
     for lr in RATES:
@@ -119,13 +130,17 @@ def rate(ground: Ground, repeats: int) -> str:
             for name in names[-3:]:
                 measured(ground, name)
     kinds = {name: [name] for name in sorted(names)}
-    for seed in range(repeats + 1):
+    for (which, (lr, epochs)), seed in itertools.product(ALONE.items(), range(repeats + 1)):
         for pool, chosen in pools(ground, seed).items():
-            name = f"{pool}.short" + (f".seed{seed}" if seed else "")
-            tune(ground, name, chosen, steps=epoch_steps(ground, chosen), epochs=1, seed=seed)
+            name = named(f"{pool}.{which}", seed)
+            tune(ground, name, chosen, steps=epochs * epoch_steps(ground, chosen), rate=lr, epochs=epochs, seed=seed)
             measured(ground, name)
-            kinds.setdefault(f"{pool}, {RATE:g}, one epoch alone", []).append(name)
-    return table(ground, kinds)
+            kinds.setdefault(f"{pool}.{which}", []).append(name)
+    lr, epochs = ALONE["slow"]
+    steps = epochs * epoch_steps(ground, pools(ground, 0)["isara"])
+    tune(ground, "seeds.slow", ground.seeds, steps=steps, rate=lr)
+    kinds["seeds.slow"] = ["seeds.slow"]  # in as many steps
+    return table(ground, kinds) + "\n\n" + between(ground, kinds, (("isara.slow", "seeds.slow"), ("isara.slow", "human.slow")))
 
 
 def pools(ground: Ground, seed: int) -> dict[str, list[Record]]:
@@ -138,10 +153,32 @@ def epoch_steps(ground: Ground, pairs: Sequence[Record]) -> int:
     return loop.steps(len(pairs), dataclasses.replace(ground.config.sft, epochs=1))
 
 
+# ---------------------------------------------------------------------------------------------------------------------- generation
+def generation(ground: Ground, repeats: int) -> str:
+    """ISARA with one temperature of its generation changed, trained as by default, against the unchanged pool of equal seed."""
+    kinds, kept = {}, {}
+    for seed in range(repeats + 1):
+        unchanged = isara_pairs(ground, seed)
+        kinds.setdefault("isara", []).append(named("isara", seed))
+        kept.setdefault("isara", []).append(len(unchanged))
+        for stage_name, temperature in VARIANTS:
+            variant = f"{stage_name}s at {temperature}"
+            name = named(variant.replace(" ", "-"), seed)
+            sampling = dataclasses.replace(getattr(ground.config.generate, stage_name), temperature=temperature)
+            generate = dataclasses.replace(ground.config.generate, **{stage_name: sampling})
+            pairs = iteration(ground, dataclasses.replace(ground.config, seed=seed, generate=generate), name)
+            tune(ground, name, [*ground.seeds, *pairs], steps=loop.steps(len(ground.seeds) + len(pairs), ground.config.sft), seed=seed)
+            kinds.setdefault(variant, []).append(name)
+            kept.setdefault(variant, []).append(len(pairs))
+    counts = "; ".join(f"{kind}: {', '.join(map(str, numbers))}" for kind, numbers in kept.items())
+    return f"pairs kept: {counts}\n\n{table(ground, kinds)}\n\n{between(ground, kinds, [(v, 'isara') for v in kinds if v != 'isara'])}"
+
+
 # --------------------------------------------------------------------------------------------------------------------------- damage
 def damage(ground: Ground) -> str:
     """The loss on Self-Instruct's seed tasks, which no model was trained on."""
-    names = ["base", "human", "isara", "shuffled", "human@0.5", "isara@0.5", "human.lr0.0003.epoch6", "isara.lr0.0003.epoch6"]
+    names = ["base", "shuffled", *(f"{pool}{which}" for pool in ("human", "isara") for which in (
+        "", "@0.25", "@0.5", "@0.75", ".short", ".slow", ".lr2e-05.epoch3", ".lr2e-05.epoch6", ".lr0.0001.epoch6", ".lr0.0003.epoch6"))]
     base = damaged(ground, "base")
     lines = [f"{len(base)} seed tasks, {sum(r['nll_tokens'] for r in base)} tokens of answers", "",
              "| model | NLL a token | change |", "|---|---|---|"]

@@ -20,6 +20,6 @@ def get_config():
     config.data.test_share = 0.25
     config.retrieval.k = -1  # 5, or as many as fit
     config.generate.requests = 96
-    config.sft.lr = 1e-4  # 2e-5, the rate of 7B models, hardly moves 135M parameters in so few steps
     config.eval.answer_rows = 100
+    config.eval.arms = ("base", "icl_knn", "sft_epochs", "sft_steps", "isara", "shuffled")  # sft_steps may over-fit: docs/screening.md
     return config

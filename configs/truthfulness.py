@@ -18,8 +18,8 @@ def get_config(variants: str = ""):
     config.data.seeds = "truthfulqa"
     config.data.limit = 64
     config.generate.requests = 96
-    config.sft.lr = 1e-4  # 2e-5, the rate of 7B models, hardly moves 135M parameters in so few steps
     config.eval.benchmark = "truthfulqa"
+    config.eval.arms = ("base", "icl_knn", "sft_epochs", "sft_steps", "isara", "shuffled")  # sft_steps may over-fit: docs/screening.md
     config.eval.primary = "mc2_cond"  # plain MC2 rises when a model ignores the question
     for variant in filter(None, variants.split(",")):
         if variant == "ood":

@@ -234,7 +234,8 @@ class Chat:
             self._cost = not self._cost
             _show(f"The cost of answers is {'shown' if self._cost else 'not shown'}.\n")
         elif command == "/pairs":
-            _show("".join(f"{p.id}  {tidy(p.question)}\n    {tidy(p.answer)}\n" for p in self._pairs) or "No pair stood before a question.\n")
+            shown = "".join(f"{p.id}  {tidy(p.question)}\n    {tidy(p.answer)}\n" for p in self._pairs)
+            _show(shown or "No pair stood before a question.\n")
         elif command == "/help":
             _show(HELP + "\n")
         elif command.startswith("/") and command[1:].isalpha():

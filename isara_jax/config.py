@@ -352,6 +352,15 @@ def identity(config: Any) -> dict[str, Any]:
     return out
 
 
+def completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored identity with the defaults of identity fields that it lacks: those that came after the version which wrote it."""
+
+    def fill(known: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+        return {key: fill(known.get(key, {}), value) if isinstance(value, dict) else known.get(key, value) for key, value in default.items()}
+
+    return stored | fill(stored, identity(Config()))
+
+
 def diff(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
     """Readable lines for every leaf that differs between two nested dicts: `sft.lr: 2e-05 -> 0.0001`."""
     lines = []

@@ -64,7 +64,7 @@ class Workdir:
         """
         identity = json.loads(json.dumps({**config_lib.identity(config), "resolved": resolved}))
         stored, warnings = self.stored(), []
-        if stored is not None and (changes := config_lib.diff(stored["identity"], identity)):
+        if stored is not None and (changes := config_lib.diff(config_lib.completed(stored["identity"]), identity)):
             raise UserError(f"{self.root} was started with another config. Changed (stored -> now):\n  " + "\n  ".join(changes)
                             + "\nUndo the change, or take another --workdir. (More iterations, mesh, slots and paths may change freely.)")
         now, versions_path = versions(), self.root / "versions.json"

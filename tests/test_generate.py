@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -171,3 +172,56 @@ def test_capacities_and_groups():
     ladder = module.capacities(128)
     assert [next(ladder) for _ in range(10)] == [128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
     assert module._groups([100, 0, 4000, 96, 300], 128) == [(4096, [2]), (384, [4, 0, 3])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- streaming
+def grown(pieces):
+    """The last of growing texts, each of which begins with the one before."""
+    assert all(new.startswith(old) for old, new in zip(pieces, pieces[1:]))
+    return pieces[-1]
+
+
+def test_texts_grow_to_what_they_become():
+    """Every text that is told begins the next one and the completion, stop strings are never seen, and telling changes nothing."""
+    requests = [dataclasses.replace(r, max_new_tokens=n, stop=("ab", "fgh"), address=r.address + 50 * n)
+                for n, r in itertools.product((1, 24, 40), requests_of([9, 3, 17, 30, 5, 6]))]
+    seen = [[] for _ in requests]
+    made = go(requests, on_text=lambda i, text: seen[i].append(text))
+    assert made == go(requests)
+    assert [grown(pieces) for pieces in seen] == [c.text for c in made] and not any("ab" in t or "fgh" in t for ts in seen for t in ts)
+    assert {c.finish for c in made} == {"stop", "length"} and max(map(len, seen)) > 3
+    with pytest.raises(ValueError, match="no decode"):
+        go(requests_of([3]), decode=None, on_text=print)
+
+
+def test_what_a_listener_raises_ends_the_work():
+    def stop(i, text):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        go(requests_of([9, 4], n=100), on_text=stop)
+    assert len(go(requests_of([9]))[0].ids) == 12
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([*"abQ:\n é€🙂".split(" "), b"\xe2", b"\x82", b"\xf0\x9f", b"\xff", "\ufffd"]), max_size=12),
+       st.lists(st.sampled_from(["\nQ:", "\n€", "a", "ab", "bé", "🙂"]), max_size=2), st.integers(1, 5))
+def test_what_is_settled_stays(parts, stop, stride):
+    """Whatever bytes follow, half characters among them, up to a stop string or the end."""
+    data = b"".join(p if isinstance(p, bytes) else p.encode() for p in parts)
+    decode = lambda ids: bytes(ids).decode("utf-8", "replace")
+    shown = [""]
+    for end in range(stride, len(data) + stride, stride):
+        if found := module._cut(list(data[:end]), end - stride, tuple(stop), decode):
+            shown.append(found[1])
+            break
+        shown.append(module.settled(decode(data[:end]), stop))
+    else:
+        shown.append(decode(data))
+    assert not any(s in grown(shown) for s in stop)
+
+
+def test_half_a_stop_string_is_held_back():
+    settled = module.settled
+    assert settled("So.\nQ", ("\nQ:",)) == settled("So.\n", ("\nQ:",)) == settled("So.\n\ufffd", ("\nQ:",)) == "So."
+    assert settled("So.\nWell", ("\nQ:",)) == "So.\nWell" and settled("aaa", ("aab",)) == "a" and settled("So.\nQ", ()) == "So.\nQ"

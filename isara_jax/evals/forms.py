@@ -151,14 +151,14 @@ def icl(template: Template, room: int, pool: Sequence[Pair], vectors: Vectors, *
 
     @functools.lru_cache(maxsize=1)
     def searched() -> index_lib.Index:
-        return index_lib.build(vectors.vectors([pair.question for pair in pool]), list(by_id), backend=index)
+        return index_lib.build(vectors.vectors([pair.question for pair in by_id.values()]), list(by_id), backend=index)
 
     def exemplars(questions: Sequence[str], k: int) -> list[Sequence[Pair]]:
         found = select.select(strategy, searched(), vectors.vectors(questions), None, k, mmr_lambda=1.0,
                               addresses=[address("icl", seed, content_hash(question)) for question in questions])
         return [[by_id[name] for name in names] for names in found]
 
-    drawn = str(seed) if strategy == "random" else vectors.embedder.hash
+    drawn = str(seed) if strategy == "random" else f"{vectors.embedder.hash}, vectors in the order of ids"  # before, they were not
     return Form(f"{strategy}-{k}", template, room, k, exemplars, content_hash(strategy, drawn, *by_id), budget=budget)
 
 
