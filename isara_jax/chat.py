@@ -123,7 +123,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     pairs, pool_config = icl.read_pool(args.icl_knn) if args.icl_knn else (None, None)
     if not args.model and pool_config is None:
         raise UserError(f"--model is missing: {args.icl_knn} is a file of pairs, which names no model.")
-    workdir = icl.run_at(args.model) if args.model else None
+    workdir = trained.run_at(args.model) if args.model else None
     if workdir:
         config = trained.config_of(workdir)
     elif pool_config:

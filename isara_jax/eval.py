@@ -47,13 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(args: cli.Args) -> None:
-    workdir = trained.run_folder(args.model)
     if args.blind is not None:
-        _blind(args, workdir)
+        _blind(args, trained.run_folder(args.model))
     elif args.against is not None:
         raise UserError("--against says what a blind comparison is with. Add --blind=N, the number of questions.")
     else:
-        _evaluate(args, workdir)
+        _evaluate(args, trained.run_at(args.model))
 
 
 def _evaluate(args: cli.Args, workdir: Workdir | None) -> None:

@@ -28,7 +28,6 @@ from isara_jax.lm import LM
 from isara_jax.retrieval.embed import Embedder
 from isara_jax.retrieval.store import VectorStore
 from isara_jax.session import make_template, record
-from isara_jax.workdir import Workdir
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def read_pool(pool: Any) -> tuple[list[Pair], Config | None]:
     if isinstance(pool, (str, Path)):
         if not Path(pool).expanduser().is_dir():
             return [record(pair) for pair in seeds.load_seeds(Data(seeds=str(pool))).pairs], None
-        workdir = run_at(pool)
+        workdir = trained.run_at(pool)
         if workdir is None:
             raise UserError(f"{pool} is not the workdir of a run: it has no config.json that a run wrote. Name the --workdir of a run, or "
                             "a file of pairs.")
@@ -222,23 +221,6 @@ def read_pool(pool: Any) -> tuple[list[Pair], Config | None]:
     if all(hasattr(pair, name) for pair in pairs for name in ("id", "question", "answer")):
         return pairs, None
     return [record(pair) for pair in seeds.from_pairs(pairs, Data()).pairs], None
-
-
-def run_at(name: str | Path) -> Workdir | None:
-    """The run whose workdir `name` is; None where it is none, but a model's name, folder or file.
-
-    Raises `UserError` for the workdir of a cross-fitted run, which has no model of its own, and for one whose config.json is damaged.
-    """
-    folder = Path(name).expanduser()
-    if (folder / "folds").is_dir() and not (folder / "checkpoints").is_dir():
-        whole, part = folder / "all", next(iter(sorted((folder / "folds").iterdir())), folder / "folds" / "1")
-        raise UserError(f"{folder} is a cross-fitted run (config.data.folds), which has a model for each part. " + (
-            f"Name {whole}, trained on every pair, or {part}." if whole.is_dir() else
-            f"Name {part}, or train one on every pair: the same command with --refit_all makes {whole}."))
-    workdir = trained.run_folder(str(folder))
-    if workdir is None and (folder / "pool").is_dir():
-        Workdir(folder).stored()  # says what is wrong with its config.json
-    return workdir
 
 
 def in_order(template: Template, pairs: Sequence[Pair]) -> list[Pair]:

@@ -22,6 +22,23 @@ def run_folder(name: str) -> Workdir | None:
     return Workdir(name) if isinstance(stored, dict) and "identity" in stored else None
 
 
+def run_at(name: str | Path) -> Workdir | None:
+    """The run whose workdir `name` is; None where it is none, but a model's name, folder or file.
+
+    Raises `UserError` for the workdir of a cross-fitted run, which has no model of its own, and for one whose config.json is damaged.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "folds").is_dir() and not (folder / "checkpoints").is_dir():
+        whole, part = folder / "all", next(iter(sorted((folder / "folds").iterdir())), folder / "folds" / "1")
+        raise UserError(f"{folder} is a cross-fitted run (config.data.folds), which has a model for each part. " + (
+            f"Name {whole}, trained on every pair, or {part}." if whole.is_dir() else
+            f"Name {part}, or train one on every pair: the same command with --refit_all makes {whole}."))
+    workdir = run_folder(str(folder))
+    if workdir is None and (folder / "pool").is_dir():
+        Workdir(folder).stored()  # says what is wrong with its config.json
+    return workdir
+
+
 def config_of(workdir: Workdir, config: Config | None = None) -> Config:
     """The run's own config, or `config` with what the run says of its model, its form and its answers.
 

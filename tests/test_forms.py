@@ -94,6 +94,11 @@ def test_the_nearest_pair_stands_last_and_the_farthest_is_left_out_first():
     assert shown(icl(k=2), "Do cats purr loudly?", rooms=[len(text)]) == [text]
 
 
+def test_the_nearest_pair_is_found_whatever_the_order_of_the_pool():
+    for pool in (POOL, POOL[::-1], [POOL[1], POOL[2], POOL[0]]):
+        assert [text.split("\n")[0] for text in shown(icl(k=1, pool=pool), *(p.question for p in POOL))] == [f"Q: {p.question}" for p in POOL]
+
+
 def test_chat_prompts_hold_the_pairs_as_turns():
     render = lambda messages, add_generation_prompt: "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
     template = Template("chat", render_chat=render)

@@ -72,3 +72,17 @@ def test_a_finished_stage_that_was_edited_is_an_error(tmp_path):
     path.write_text('{"a": 2}\n')
     with pytest.raises(UserError, match="changed or removed since"):
         stage(path, lambda: [])
+
+
+def test_a_run_from_before_a_field_was_there_goes_on(tmp_path):
+    """A new identity field must not shut out the runs that its default describes."""
+    run = Workdir(tmp_path / "run")
+    run.open(from_dict({"data": {"holdout": 0.2}}), {"seeds": "abc"})
+    path = run.root / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["identity"]["data"]["folds"], stored["identity"]["data"]["test_share"]
+    path.write_text(json.dumps(stored))
+    assert run.open(from_dict({"data": {"holdout": 0.2}}), {"seeds": "abc"}) == []
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"data.folds: 0 -> 3\n"):
+        run.open(from_dict({"data": {"holdout": 0.2, "folds": 3}}), {"seeds": "abc"})
