@@ -9,7 +9,8 @@ mine.csv: columns question and answer, saved as "CSV UTF-8" (.jsonl and .json wo
     --refit_all                  then train on every pair, in runs/own/all
     --config.review=True         stop after generation until you have read the new pairs in runs/own/review.csv
     --plan_models=A,B            what models would take of this machine's time and memory, and nothing else
-Time and expected result: see docs/own_data.md, which runs two such files.
+Time: configs/data/own/faq_en.csv, 50 pairs with answers of 110 words, 20 min and 5.5 GiB on two busy cores of an AMD EPYC in bfloat16.
+Expect: 83 new pairs that have the form of the file and little of its content, and no difference that 13 rows could show; docs/own_data.md.
 """
 from isara_jax.config import defaults
 

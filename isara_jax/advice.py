@@ -52,7 +52,7 @@ def _after_verdict(root: Path, config: dict[str, Any], results: dict[str, Any]) 
         steps.append(Advice("the tuned model is worse than the starting one: do not use it", f"python -m isara_jax.chat --model={shlex.quote(model)}"))
     if "icl_knn" in against and not (told("icl_knn") and gain("icl_knn")):
         how = "better and" if told("icl_knn") else "as good, as far as these rows show, and"
-        steps.append(Advice(f"ICL-kNN, the nearest seeds in the prompt of the untrained model, is {how} needs no training: use it", icl))
+        steps.append(Advice(f"ICL-kNN, the nearest seeds in the prompt of the untrained model, is {how} needs no training: use it instead of the tuned one", icl))
     if told("base") and gain("base"):
         said = against["base"]["said"]
         if _has_judged_pairs(config) and not (root / "all").exists():

@@ -43,7 +43,7 @@ def test_a_better_model_is_served_and_first_trained_on_everything(tmp_path):
 @pytest.mark.parametrize("icl", [SAME, WORSE])
 def test_icl_knn_that_is_as_good_is_to_be_used(tmp_path, icl):
     text = said(run(tmp_path, against={"base": BETTER, "icl_knn": icl}))
-    assert "needs no training: use it [python -m isara_jax.chat --model=smollm2-135m-instruct --icl_knn=runs/mine]" in text
+    assert "needs no training: use it instead of the tuned one [python -m isara_jax.chat --model=smollm2-135m-instruct --icl_knn=runs/mine]" in text
 
 
 def test_fine_tuning_on_the_seeds_alone_that_is_as_good_is_said(tmp_path):
