@@ -94,10 +94,10 @@ def next_steps(console: Console, root: Path) -> None:
         console.note(f"- {step.text}" + (f"\n    {step.command}" if step.command else ""))
 
 
-def page(session: Session) -> None:
+def page(console: Console, root: Path) -> None:
     """Write report.html anew. A page that fails must not take a run with it."""
     try:
-        report.write(session.workdir.root)
+        report.write(root)
     except Exception as e:
-        session.console.warn(f"report.html could not be written ({type(e).__name__}: {e}); the run goes on. Try python -m isara_jax.report "
-                             f"--workdir={session.workdir.root} when it is done")
+        console.warn(f"report.html could not be written ({type(e).__name__}: {e}); the run goes on. Try python -m isara_jax.report "
+                     f"--workdir={root} when it is done")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-from isara_jax import cards, cli, evalset, folds, judge, preflight, preview, report, review, summary
+from isara_jax import cards, cli, evalset, folds, judge, preflight, preview, review, summary
 from isara_jax import lm as lm_lib
 from isara_jax.common import UserError
 from isara_jax.config import Config, from_dict
@@ -94,6 +94,9 @@ def carry_out(config: Config, root: Workdir, parts: Sequence[Job], ready: Sequen
               refit_all: bool) -> Run:
     """Make the runs one after the other, join the folds, and train on all pairs where that is asked for."""
     console, made = ready[0].console, []
+    if config.data.folds:
+        for warning in folds.open_root(ready[0].config, root, parts, ready[0].resolved):
+            console.warn(warning)
     report_pairs(ready[0])
     for job, session in zip(parts, ready, strict=True):
         if job.title:
@@ -103,11 +106,9 @@ def carry_out(config: Config, root: Workdir, parts: Sequence[Job], ready: Sequen
         made.append(run(session, lm))
     done = made[-1]
     if config.data.folds:
-        for warning in folds.open_root(ready[0].config, root, parts, ready[0].resolved):
-            console.warn(warning)
         console.log_to(root.root / "log.txt")
         done = dataclasses.replace(done, workdir=root.root, evaluation=folds.join(console, root.root, parts, [r.evaluation for r in made]))
-        report.write(root.root)
+        summary.page(console, root.root)
     summary.next_steps(console, root.root)
     if refit_all:
         job = folds.on_all(config, root, pairs, [r.evaluation for r in made])
@@ -115,7 +116,7 @@ def carry_out(config: Config, root: Workdir, parts: Sequence[Job], ready: Sequen
         session = open_session(lm.blueprint, job.seed_set, job.eval_set, job.config, job.workdir, console, lm.dtype, lm.mesh)
         start(session)
         done = dataclasses.replace(run(session, lm), evaluation=done.evaluation)
-        report.write(root.root)  # again, now that there is a page to link to
+        summary.page(console, root.root)  # again, now that there is a run to link to
         summary.next_steps(console, job.workdir.root)
     return done
 
@@ -138,7 +139,7 @@ def run(session: Session, lm: lm_lib.LM) -> Run:
             else:
                 done = summary.finish(workdir.iteration(t), iterate(session, setting, work, t), metrics)
                 summary.tell(session, t, before, done, work.ledger)
-                summary.page(session)
+                summary.page(session.console, session.workdir.root)
             history.append(done)
         metrics.write("stop", iteration=t - 1, reason=reason)
         console.note(f"stopped: {reason}")
@@ -149,7 +150,7 @@ def run(session: Session, lm: lm_lib.LM) -> Run:
         judged = judge.judge(session, setting, work, history, metrics)
         cards.write(session, pool, before, history, reason, judged)
         summary.conclude(session, before, history, pool, last)
-        summary.page(session)
+        summary.page(session.console, session.workdir.root)
         return Run(work.lm(last), pool, [before, *history], workdir.root, judged)
 
 
@@ -181,7 +182,7 @@ def _reviewed(session: Session, setting: Setting, t: int, new: list[Record]) -> 
         return review.reviewed(session.workdir.root, session.workdir.iteration(t), t, new, by_id, barred.near, session.console.note,
                                fits=session.too_long)
     except review.Pending:
-        summary.page(session)
+        summary.page(session.console, session.workdir.root)
         raise
 
 

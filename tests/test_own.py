@@ -163,6 +163,13 @@ def test_another_number_of_folds_is_refused(folded):
         train.main(command(folded / "mine.csv", folded / "run", "--config.data.folds=3"))
 
 
+def test_a_used_workdir_is_not_cross_fitted(file, tmp_path, capsys):
+    train.main(command(file, tmp_path / "run"))
+    with pytest.raises(SystemExit):
+        train.main(command(file, tmp_path / "run", "--config.data.folds=2"))
+    assert "data.folds: 0 -> 2" in capsys.readouterr().err and not (tmp_path / "run" / "folds").exists()
+
+
 def test_python_wants_the_run_on_all_pairs_with_folds(tmp_path):
     lm = isara_jax.load("tiny-random", "float32")
     with pytest.raises(UserError, match="none of which has seen every pair"):
