@@ -57,7 +57,10 @@ def _after_verdict(root: Path, config: dict[str, Any], results: dict[str, Any]) 
         said = against["base"]["said"]
         if _has_judged_pairs(config) and not (root / "all").exists():
             steps.append(Advice("before serving, train on every pair, those it was judged on too", _command(root, more="--refit_all")))
-        if said == "better":
+        if said == "better" and results["verdict"].get("control") is None:
+            steps.append(Advice("the tuned model is better than the starting one, but no shuffled-answers control ran, so it may be better in form "
+                                "alone. Read answers before you serve it", chat))
+        elif said == "better":
             steps.append(Advice("the tuned model is better than the starting one: serve it", chat))
         else:
             steps.append(Advice(f"against the starting model the verdict is: {said}. Read answers before you serve it", chat))

@@ -9,7 +9,7 @@ COMMAND = "python -m isara_jax.train --config=configs/own.py --workdir=runs/mine
 BETTER, SAME, WORSE = ("better", 0.06), ("not distinguishable with 40 rows", 0.01), ("worse", -0.05)
 
 
-def run(folder, *, against=None, held_out=(3.0, 2.9, 2.9), kept=40, seeds=40, data=None, command=COMMAND):
+def run(folder, *, against=None, control={"difference": 0.05}, held_out=(3.0, 2.9, 2.9), kept=40, seeds=40, data=None, command=COMMAND):
     """A workdir's files as far as advice reads them. `against` maps baselines to (said, difference)."""
     root = folder / "mine"
     (root / "pool").mkdir(parents=True)
@@ -22,7 +22,7 @@ def run(folder, *, against=None, held_out=(3.0, 2.9, 2.9), kept=40, seeds=40, da
         place.mkdir(parents=True)
         (place / "DONE").write_text(json.dumps({"held_out": loss, "kept": kept, "requests": 100, "funnel": {"rejected": {"question novelty": 70}}}))
     if against:
-        made = {"primary": "rougeL", "label": "ROUGE-L", "better": 1,
+        made = {"primary": "rougeL", "label": "ROUGE-L", "better": 1, "control": control,
                 "comparisons": [{"baseline": n, "said": said, "difference": d, "detectable": 0.08, "rows": 40} for n, (said, d) in against.items()]}
         (root / "evaluation" / "dev").mkdir(parents=True)
         (root / "evaluation" / "dev" / "results.json").write_text(json.dumps({"verdict": made}))
@@ -38,6 +38,11 @@ def test_a_better_model_is_served_and_first_trained_on_everything(tmp_path):
     assert "better than the starting one: serve it [python -m isara_jax.chat --model=runs/mine]" in text
     assert f"train on every pair, those it was judged on too [{COMMAND} --refit_all]" in text
     assert "ICL-kNN" not in text and "seeds alone" not in text
+
+
+def test_without_the_control_better_may_be_form_alone(tmp_path):
+    text = said(run(tmp_path, against={"base": BETTER, "icl_knn": BETTER}, control=None))
+    assert "no shuffled-answers control ran, so it may be better in form alone. Read answers before you serve it" in text and ": serve it" not in text
 
 
 @pytest.mark.parametrize("icl", [SAME, WORSE])
