@@ -5,9 +5,8 @@
 FOLDER holds TruthfulQA.csv and mc_task.json (github.com/sylinrl/TruthfulQA, Apache-2.0); without the flag they come from the hub.
 Variants: `:ood` takes our own misconceptions as seeds, so that seeds and evaluation rows are of two makers; `:llama-7b`, `:opt-6.7b`,
 `:opt-350m` take the paper's models; `:ood,llama-7b` both.
-Time: about 10 CPU minutes in bfloat16 on two cores of an AMD EPYC, 4.6 GiB; about twice that (extrapolated) on CPUs with AVX2 alone.
-Expect: 90 new pairs, question-conditioned MC2 between 47 and 54 for every arm, nothing distinguishable with 100 rows
-(docs/first_light.md).
+Time: 14 min (8 CPU minutes) in bfloat16 on two busy cores of an AMD EPYC, 4.6 GiB; about twice that (extrapolated) on CPUs with AVX2 alone.
+Expect: 85 new pairs, question-conditioned MC2 between 48 and 54 for every arm, nothing distinguishable with 100 rows (docs/first_light.md).
 """
 from isara_jax.config import defaults
 from isara_jax.models import published
