@@ -252,7 +252,8 @@ class Chat:
         try:
             prompt, held = self._asked.converse(question, self.turns)
         except UserError as e:
-            raise UserError(str(e).removeprefix("question 0: ").capitalize()) from None
+            text = str(e).removeprefix("question 0: ")
+            raise UserError(text[:1].upper() + text[1:]) from None
         if held < len(self.turns):
             _show(f"[The {len(self.turns) - held} oldest turn(s) no longer fit the context of {self._asked.lm.context} tokens and are "
                   "forgotten.]\n")

@@ -93,7 +93,7 @@ def start(session: Session) -> None:
 def carry_out(config: Config, root: Workdir, parts: Sequence[Job], ready: Sequence[Session], lm: lm_lib.LM, pairs: seeds_lib.SeedSet | None,
               refit_all: bool) -> Run:
     """Make the runs one after the other, join the folds, and train on all pairs where that is asked for."""
-    console, made = ready[0].console, []
+    console, judged, done = ready[0].console, [], None
     if config.data.folds:
         for warning in folds.open_root(ready[0].config, root, parts, ready[0].resolved):
             console.warn(warning)
@@ -103,19 +103,20 @@ def carry_out(config: Config, root: Workdir, parts: Sequence[Job], ready: Sequen
             console.rule(job.title)
         start(session)
         preview.plan(session)
-        made.append(run(session, lm))
-    done = made[-1]
+        done = None  # the weights of the run before make room
+        done = run(session, lm)
+        judged.append(done.evaluation)
     if config.data.folds:
         console.log_to(root.root / "log.txt")
-        done = dataclasses.replace(done, workdir=root.root, evaluation=folds.join(console, root.root, parts, [r.evaluation for r in made]))
+        done = dataclasses.replace(done, workdir=root.root, evaluation=folds.join(console, root.root, parts, judged))
         summary.page(console, root.root)
     summary.next_steps(console, root.root)
     if refit_all:
-        job = folds.on_all(config, root, pairs, [r.evaluation for r in made])
+        job, evaluation, done = folds.on_all(config, root, pairs, judged), done.evaluation, None
         console.rule(job.title)
         session = open_session(lm.blueprint, job.seed_set, job.eval_set, job.config, job.workdir, console, lm.dtype, lm.mesh)
         start(session)
-        done = dataclasses.replace(run(session, lm), evaluation=done.evaluation)
+        done = dataclasses.replace(run(session, lm), evaluation=evaluation)
         summary.page(console, root.root)  # again, now that there is a run to link to
         summary.next_steps(console, job.workdir.root)
     return done
