@@ -9,7 +9,6 @@ Prompts, and greedy answers with the engine of the run, are those of its evaluat
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from isara_jax.evals.forms import Form
 from isara_jax.lm import LM
 from isara_jax.retrieval.embed import Embedder
 from isara_jax.retrieval.store import VectorStore
-from isara_jax.session import make_template, record
+from isara_jax.session import derived_limit, make_template, record
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class InContext:
         """
         (alone,), encode = self.ask([question], max_new_tokens=max_new_tokens), self.lm.tokenizer.encode_segments
         straight = dataclasses.replace(self.form.template, order="nearest_first")  # pairs stand in the order given
-        shots = in_order(self.form.template, alone.pairs)
+        shots = self.form.template.ordered(alone.pairs)
         for held in range(len(turns), 0, -1):
             segments = straight.answer_segments([*shots, *turns[len(turns) - held:]], question)
             if len(tokens := tuple(encode(segments))) <= self._room(max_new_tokens):
@@ -198,9 +197,9 @@ def limits(lm: Any, config: Config, pairs: Sequence[Pair] = ()) -> tuple[int, in
 
     `lm` has a tokenizer and a context: an `LM` or its blueprint.
     """
-    longest = max((len(lm.tokenizer.encode(" " + pair.answer)) + 1 for pair in pairs), default=0)  # and the end of the text
-    answer = config.generate.answer.max_new_tokens or 8 * math.ceil(1.25 * longest / 8)
-    answer = min(answer, lm.context // 2) if not config.generate.answer.max_new_tokens else answer
+    answer = config.generate.answer.max_new_tokens
+    if pairs and not answer:
+        answer = min(derived_limit([pair.answer for pair in pairs], lm.tokenizer), lm.context // 2)
     return answer, lm.context - max(config.eval.answer_tokens, answer)
 
 
@@ -221,12 +220,6 @@ def read_pool(pool: Any) -> tuple[list[Pair], Config | None]:
     if all(hasattr(pair, name) for pair in pairs for name in ("id", "question", "answer")):
         return pairs, None
     return [record(pair) for pair in seeds.from_pairs(pairs, Data()).pairs], None
-
-
-def in_order(template: Template, pairs: Sequence[Pair]) -> list[Pair]:
-    """Pairs, given nearest first, as the template's prompts hold them from first to last."""
-    return {"nearest_last": lambda: list(pairs)[::-1], "id": lambda: sorted(pairs, key=lambda pair: pair.id)}.get(
-        template.order, lambda: list(pairs))()
 
 
 def too_long(template: Template, tokenizer: Any, question: str, room: int) -> str:

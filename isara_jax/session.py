@@ -257,11 +257,15 @@ def record(seed: seeds.Seed) -> Record:
 
 
 def _limits(config: Config, pairs: Sequence[seeds.Seed], tokenizer: Any) -> Limits:
-    """Most new tokens: as configured, else a quarter more than the longest seed, in steps of 8."""
-    longest = lambda texts: max(len(tokenizer.encode(" " + t)) for t in texts) + 1  # and the end of the text
-    derive = lambda texts: 8 * math.ceil(1.25 * longest(texts) / 8)
-    return Limits(config.generate.question.max_new_tokens or derive([s.question for s in pairs]),
-                  config.generate.answer.max_new_tokens or derive([s.answer for s in pairs]))
+    """Most new tokens: as configured, else derived from the seeds."""
+    return Limits(config.generate.question.max_new_tokens or derived_limit([s.question for s in pairs], tokenizer),
+                  config.generate.answer.max_new_tokens or derived_limit([s.answer for s in pairs], tokenizer))
+
+
+def derived_limit(texts: Sequence[str], tokenizer: Any) -> int:
+    """Most new tokens of a text like these: a quarter more than the longest has, in steps of 8."""
+    longest = max(len(tokenizer.encode(" " + t)) for t in texts) + 1  # and the end of the text
+    return 8 * math.ceil(1.25 * longest / 8)
 
 
 def _exemplars(session: Session) -> int:

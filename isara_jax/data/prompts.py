@@ -78,6 +78,12 @@ class Template:
         next_question, next_answer = "\n" + self.question_marker, "\n" + self.answer_marker
         return (next_answer, next_question) if stage == "question" else (next_question,)
 
+    def ordered(self, exemplars: Sequence[Pair]) -> list[Pair]:
+        """Pairs, given nearest first, as prompts hold them from first to last."""
+        if self.order == "nearest_last":
+            return list(exemplars)[::-1]
+        return sorted(exemplars, key=lambda p: p.id) if self.order == "id" else list(exemplars)
+
     def human_words(self) -> int:
         """Words of instruction in the prompts beside the pairs, written by people.
 
@@ -90,12 +96,7 @@ class Template:
 
     # ------------------------------------------------------------------------------------------------------------------------
     def _ordered(self, exemplars: Sequence[Pair]) -> list[tuple[str, str]]:
-        ordered = list(exemplars)
-        if self.order == "nearest_last":
-            ordered.reverse()
-        elif self.order == "id":
-            ordered.sort(key=lambda p: p.id)
-        return [(tidy(p.question), tidy(p.answer)) for p in ordered]
+        return [(tidy(p.question), tidy(p.answer)) for p in self.ordered(exemplars)]
 
     def _blocks(self, pairs: Sequence[tuple[str, str]]) -> str:
         return "".join(f"{self.question_marker} {q}\n{self.answer_marker} {a}\n\n" for q, a in pairs)
