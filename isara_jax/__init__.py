@@ -13,6 +13,7 @@ from typing import Any
 
 _HOME = {"load": "isara_jax.lm", "LM": "isara_jax.lm", "Sample": "isara_jax.lm", "align": "isara_jax.train", "Run": "isara_jax.train",
          "evaluate": "isara_jax.evals.evaluate", "icl_knn": "isara_jax.icl", "InContext": "isara_jax.icl",
+         "load_scorer": "isara_jax.scorer", "Scorer": "isara_jax.scorer",
          "UserError": "isara_jax.common", "Config": "isara_jax.config"}
 __all__ = list(_HOME)
 

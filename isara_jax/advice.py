@@ -62,6 +62,7 @@ def _after_verdict(root: Path, config: dict[str, Any], results: dict[str, Any]) 
                                 "alone. Read answers before you serve it", chat))
         elif said == "better":
             steps.append(Advice("the tuned model is better than the starting one: serve it", chat))
+            steps.append(_export(shown + ("/all" if config["data"].get("folds") else "")))
         else:
             steps.append(Advice(f"against the starting model the verdict is: {said}. Read answers before you serve it", chat))
         if "sft_steps" in against and not (told("sft_steps") and gain("sft_steps")):
@@ -77,6 +78,11 @@ def _after_verdict(root: Path, config: dict[str, Any], results: dict[str, Any]) 
         steps.append(Advice("let a person judge blindly: a sheet of questions with two answers each, and one of pairs",
                             f"python -m isara_jax.eval --model={shown} --blind=20"))
     return steps
+
+
+def _export(shown: str) -> Advice:
+    return Advice("to serve it elsewhere (transformers, vLLM, llama.cpp), write it as a Hugging Face folder",
+                  f"python -m isara_jax.export --workdir={shown} --out={shown}/export")
 
 
 def _unjudged(root: Path, config: dict[str, Any]) -> list[Advice]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -157,6 +158,26 @@ class Filters:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (Hu et al. 2021). alpha and all products as targets are QLoRA's (Dettmers et al. 2023), no dropout is PEFT's default."""
+
+    rank: int = 0                    # of the adapters that are trained in place of the weights, which are frozen; 0 trains the weights
+    alpha: float = 16.0              # what an adapter adds is multiplied by alpha / rank
+    dropout: float = 0.0             # share of an adapter's inputs that are dropped while it is trained
+    targets: str = ".*"              # regular expression: which products of a layer have an adapter, of q k v o gate up down
+
+    def __post_init__(self):
+        _check("sft.lora.rank", self.rank, 0 <= self.rank <= 4096, "0 (off) to 4096")
+        _check("sft.lora.alpha", self.alpha, 0 < self.alpha <= 1e6, "above 0 and at most 1e6")
+        _check("sft.lora.dropout", self.dropout, 0 <= self.dropout < 1, "from 0 to below 1")
+        try:
+            re.compile(self.targets)
+        except re.error as e:
+            raise ConfigError(f"config.sft.lora.targets={self.targets!r} is no regular expression: {e}. An example is "
+                              "--config.sft.lora.targets='q|k|v|o'.") from None
+
+
+@dataclass(frozen=True)
 class Sft:
     data: str = "seeds_accumulated"  # seeds_accumulated, seeds_latest or latest: which pairs an iteration trains on
     init: str = "base"               # base or last: the parameters an iteration starts from
@@ -169,6 +190,7 @@ class Sft:
     clip: float = 1.0                # largest global gradient norm
     warmup: float = 0.03             # share of the steps with a rising rate; cosine after it
     save_every: int = runtime(200)   # optimizer steps between two resumable states of an unfinished fine-tuning
+    lora: Lora = Lora()
 
     def __post_init__(self):
         _one_of("sft.data", self.data, "seeds_accumulated", "seeds_latest", "latest")

@@ -24,9 +24,8 @@ from isara_jax.decode.generate import Request
 from isara_jax.evals import forms
 from isara_jax.evals.forms import Form
 from isara_jax.lm import LM
-from isara_jax.retrieval.embed import Embedder
 from isara_jax.retrieval.store import VectorStore
-from isara_jax.session import derived_limit, make_template, record
+from isara_jax.session import derived_limit, make_embedder, make_template, record
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,9 @@ def in_context(lm: LM, pairs: Sequence[Pair], config: Config) -> InContext:
     The limit of answers is the config's, or a quarter more than the longest of the pairs where that is 0. Raises `UserError` for no pairs.
     """
     answer, room = limits(lm, config, pairs)
-    form = forms.icl(make_template(config, lm.blueprint), room, pairs, VectorStore(None, Embedder.from_source(config.retrieval.encoder)),
+    embedder = make_embedder(config, lm.blueprint, lm.mesh)
+    embedder.bind(lm.params)
+    form = forms.icl(make_template(config, lm.blueprint), room, pairs, VectorStore(None, embedder),
                      strategy="knn", k=config.retrieval.k, seed=config.seed, index=config.retrieval.index, budget=config.prompt.budget)
     return InContext(lm.prepared(), form, answer)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Sequence
 
 import jax
@@ -22,9 +23,11 @@ from isara_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from isara_jax.decode.engine import EngineConfig, prepare
 from isara_jax.decode.generate import Request, generate
 from isara_jax.decode.score import score
-from isara_jax.models import assets, decoder, gguf, hf, published, resolve
+from isara_jax.models import adapter as adapter_lib
+from isara_jax.models import assets, decoder, gguf, hf, lora, published, resolve
 from isara_jax.models.config import ModelConfig
 from isara_jax.models.layers import causal_attention
+from isara_jax.models.place import placer
 from isara_jax.sharding import make_mesh, param_shardings, put_rows, row_devices
 
 WIDTHS = 64   # rows of tokens are padded to a multiple of this, so that few programs are compiled
@@ -60,6 +63,7 @@ class LM:
     dtype: str                      # float32 or bfloat16: the arithmetic of sampling and scoring
     mesh: Mesh
     engine: EngineConfig
+    as_stored: bool = False         # whether the weights are those of the model's files
 
     @property
     def cfg(self) -> ModelConfig:
@@ -80,7 +84,14 @@ class LM:
 
     def with_params(self, params: decoder.Params) -> LM:
         """The same model with other weights."""
-        return dataclasses.replace(self, params=params)
+        return dataclasses.replace(self, params=params, as_stored=False)
+
+    def masters(self) -> LM:
+        """The same model with its weights in float32, as fine-tuning starts from them; read again where this one holds them rounded."""
+        if not self.as_stored or all(x.dtype == jnp.float32 for x in jax.tree.leaves(self.params)):
+            return self
+        again = load(self.blueprint.source.name, self.dtype, mesh=self.mesh, blueprint=self.blueprint, weights="float32")
+        return dataclasses.replace(again, engine=self.engine)
 
     def prepared(self) -> LM:
         """The same model with its weights as sampling and scoring use them, so that many calls cast them once instead of once a call.
@@ -93,9 +104,9 @@ class LM:
         """The same model sampled with another engine shape (slots, chunk, key_block)."""
         return dataclasses.replace(self, engine=dataclasses.replace(self.engine, **changes))
 
-    def abstract_params(self) -> decoder.Params:
-        """The shapes, dtypes and places of the weights, as a checkpoint is restored to."""
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.params)
+    def abstract_params(self, dtype: str = "") -> decoder.Params:
+        """The shapes, dtypes (or one `dtype` for all) and places of the weights, as a checkpoint is restored to."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding), self.params)
 
     # ------------------------------------------------------------------------------------------------------------------------
     def logits(self, token_ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -140,6 +151,8 @@ class LM:
             raise UserError(f"generate got n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}, "
                             f"stop={list(stop)}: n is at least 1, max_new_tokens and temperature at least 0, top_p in (0, 1], and stop "
                             "strings are not empty.")
+        if stop:
+            self.tokenizer.encode(stop[0])  # without a tokenizer there is no text to find them in
         seen: dict[tuple[int, ...], int] = {}
         requests = []
         for i, prompt in enumerate(prompts):
@@ -224,6 +237,8 @@ def describe(name: str, *, context: int = 0, shape_only: bool = False) -> Bluepr
         cfg, own, tokenizer = hf.model_config(source.path), hf.context_length(source.path), tokenizer_lib.from_folder(source.path)
     if context > own:
         raise UserError(f"config.model.context={context} is longer than the {own} tokens of {name}; set it to at most {own}, or 0.")
+    if source.kind != "shape":
+        tokenizer_lib.check_vocabulary(tokenizer, cfg.vocab_size, name)
     return Blueprint(source, cfg, context or own, tokenizer, note)
 
 
@@ -240,30 +255,32 @@ def _stand_in() -> tuple[Tokenizer | ByteTokenizer, str]:
     return ByteTokenizer(), "bytes for tokens, which are about four times as many"
 
 
-def load(name: str, dtype: str = "auto", *, mesh: Mesh | None = None, blueprint: Blueprint | None = None) -> LM:
-    """Load a model by embedded name, hub id, HF folder or GGUF file; weights go straight to their place on the mesh.
+def load(name: str, dtype: str = "auto", *, mesh: Mesh | None = None, blueprint: Blueprint | None = None, weights: str = "",
+         adapter: str | Path = "") -> LM:
+    """Load a model by embedded name, hub id, HF folder or GGUF file; weights go straight to their place on the mesh, tensor by tensor.
 
     Args:
         name: for example "smollm2-135m-instruct"; what it lacks is fetched.
         dtype: "float32", "bfloat16", or "auto": bfloat16 where the device multiplies it natively.
         mesh: where to put it; by default all devices share out rows.
         blueprint: the result of `describe(name)`, when it is at hand already.
+        weights: the dtype in which weights are held, `dtype` by default. "float32" is what fine-tuning starts from.
+        adapter: the folder of a LoRA adapter in PEFT's format, to be merged into the weights.
     """
     preflight.compilation_cache()
     blueprint = blueprint or describe(name)
     mesh = make_mesh() if mesh is None else mesh
     dtype, _ = preflight.choose_dtype(dtype, mesh.devices.flatten().tolist())
-    shardings = param_shardings(decoder.abstract_params(blueprint.cfg), mesh)
-
-    def place(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, functools.reduce(lambda tree, key: tree[key], path, shardings))
-
-    source = blueprint.source
+    cfg, source = blueprint.cfg, blueprint.source
+    shardings = param_shardings(decoder.abstract_params(cfg), mesh)
     if source.kind == "tiny":
-        params = jax.device_put(decoder.init_params(blueprint.cfg, seed=0), shardings)
+        params = jax.device_put(jax.tree.map(lambda x: x.astype(weights or dtype), decoder.init_params(cfg, seed=0)), shardings)
     else:
-        params = (gguf if source.kind == "gguf" else hf).load_params(source.path, blueprint.cfg, place)
-    return LM(params, blueprint, dtype, mesh, EngineConfig(dtype=dtype))
+        reader = gguf if source.kind == "gguf" else hf
+        params = reader.load_params(source.path, cfg, placer(shardings), weights or dtype)
+    if adapter:
+        params = lora.apply_folder(params, Path(adapter), cfg, adapter_lib.family_of(source))
+    return LM(params, blueprint, dtype, mesh, EngineConfig(dtype=dtype), as_stored=not adapter)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

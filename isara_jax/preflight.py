@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from isara_jax.common import UserError, content_hash
+from isara_jax.models import decoder
 from isara_jax.models.assets import cache_folder
 from isara_jax.models.config import ModelConfig
 
@@ -116,10 +117,13 @@ def writable(workdir: str | Path, needed: int = 0) -> None:
                         "name another folder, or set --config.keep=best_last.")
 
 
-def disk_needed(cfg: ModelConfig, *, iterations: int, keep: str) -> int:
-    """Bytes that checkpoints will take: float32 parameters of the iterations kept, and one unfinished state with its two moments."""
+def disk_needed(cfg: ModelConfig, *, iterations: int, keep: str, adapters: int = 0) -> int:
+    """Bytes that checkpoints will take: float32 parameters of the iterations kept, and one unfinished state with its two moments.
+
+    `adapters` is the number of parameters of adapters where they are trained in place of the model's; each iteration's stay.
+    """
     kept = iterations if keep == "all" else min(iterations, 3)  # the best, the last, and the one being written
-    return 4 * cfg.n_params * (kept + 3) + 2**26
+    return 4 * (decoder.n_params(cfg) * kept + 3 * (adapters or decoder.n_params(cfg)) + iterations * adapters) + 2**26
 
 
 # -------------------------------------------------------------------------------------------------------------------- compiling
@@ -155,7 +159,7 @@ def check_memory(cfg: ModelConfig, dtype: str, devices: Sequence[Any], *, fsdp: 
 
     Args:
         devices: of the mesh; its axes `fsdp` and `tensor` share out parameters, the rest of it rows alone.
-        shape: `slots`, `tokens_per_slot`, `batch` and `train_tokens` of `memory_needed`.
+        shape: `slots`, `tokens_per_slot`, `batch`, `train_tokens` and `adapters` of `memory_needed`.
     """
     sizes = {"devices": devices, "fsdp": fsdp, "tensor": tensor}
     needed = memory_in_all(cfg, dtype, **sizes, **shape)
@@ -170,6 +174,9 @@ def check_memory(cfg: ModelConfig, dtype: str, devices: Sequence[Any], *, fsdp: 
             "share out the parameters over more devices (--config.mesh.data=1 --config.mesh.fsdp=-1)"])
         if max(memory_in_all(cfg, dtype, **sizes, **shape | {"batch": 1, "slots": 2}).values()) <= there:
             ways.insert(0, f"lower {'--config.generate.slots' if needed['sampling'] > needed['training'] else '--config.sft.batch'}")
+        frozen = memory_in_all(cfg, dtype, **sizes, **shape | {"adapters": 1})
+        if not shape.get("adapters") and needed["training"] > there >= max(frozen.values()):
+            ways.append("train adapters in place of the weights (--config.sft.lora.rank=16)")
         raise UserError(f"{said}: that cannot suffice. {', or '.join(ways).capitalize()}.")
     return said + (f"; but only {free / GIB:.1f} GiB are free now: close other programs" if most > free else "")
 
@@ -194,22 +201,25 @@ def memory_in_all(cfg: ModelConfig, dtype: str, devices: Sequence[Any], **sizes:
 
 
 def memory_needed(cfg: ModelConfig, dtype: str, *, slots: int, tokens_per_slot: int, batch: int, train_tokens: int, devices: int = 1,
-                  fsdp: int = 1, tensor: int = 1) -> dict[str, int]:
+                  fsdp: int = 1, tensor: int = 1, adapters: int = 0) -> dict[str, int]:
     """Estimated peak bytes on one device while sampling and while training, from shapes alone.
 
     Sampling holds the starting and the tuned weights in float32, a copy in the sampling dtype or layout where that differs, keys and
     values of `slots` rows of `tokens_per_slot`, and logits. Training holds the starting weights, and those being trained with
     gradients and two moments, all float32; one [T, D] tensor a layer for each of its rows (blocks are rematerialised), one block at
-    work with its scores [N, T, T], and logits of 64 positions. `slots` counts rows of a device, `batch` those of all.
+    work with its scores [N, T, T], and logits of 64 positions. With `adapters`, so many parameters are trained in place of the model's:
+    beside the starting weights there are only a copy of them (frozen, then merged) and what belongs to the adapters. `slots` counts rows
+    of a device, `batch` those of all.
     """
-    item, weights = (2 if dtype == "bfloat16" else 4), 4 * cfg.n_params // (fsdp * tensor)
-    copy = item * cfg.n_params // tensor if dtype == "bfloat16" or fsdp > 1 else 0
+    item, weights = (2 if dtype == "bfloat16" else 4), 4 * decoder.n_params(cfg) // (fsdp * tensor)
+    copy = item * decoder.n_params(cfg) // tensor if dtype == "bfloat16" or fsdp > 1 else 0
     kv = slots * tokens_per_slot * cfg.n_layers * 2 * cfg.n_kv_heads * cfg.head_dim * item // tensor
     logits = 4 * 4 * slots * cfg.vocab_size
     rows = -(-batch * tensor // devices)
     blocks = 4 * rows * train_tokens * (cfg.n_layers * cfg.d_model + 4 * cfg.d_ff + 4 * cfg.d_model + cfg.n_heads * train_tokens)
-    half = item * cfg.n_params // (fsdp * tensor) if dtype == "bfloat16" else 0
-    return {"sampling": 2 * weights + copy + kv + logits, "training": 5 * weights + half + blocks + 4 * rows * 64 * cfg.vocab_size}
+    half = item * decoder.n_params(cfg) // (fsdp * tensor) if dtype == "bfloat16" else 0
+    trained = 2 * weights + 4 * 4 * adapters if adapters else 5 * weights + half
+    return {"sampling": 2 * weights + copy + kv + logits, "training": trained + blocks + 4 * rows * 64 * cfg.vocab_size}
 
 
 def memory_there(device: Any) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from isara_jax.config import Config
 from isara_jax.console import Console
 from isara_jax.data import prompts
 from isara_jax.folds import Job
+from isara_jax.models import decoder, lora
 from isara_jax.session import Session, make_plan, open_session
 from isara_jax.sharding import make_mesh
 
@@ -91,7 +92,7 @@ def _planned(session: Session, gflops: float, runs: int) -> tuple[str, ...]:
     devices = session.mesh.devices.flatten().tolist()
     estimate, there = make_plan(session, _sampled(session), gflops), preflight.memory_there(devices[0])[0]
     needed = max(preflight.memory_in_all(session.cfg, session.dtype, devices, **_sizes(session)).values())
-    return (f"{session.cfg.n_params / 1e6:,.0f} M", f"{session.blueprint.context:,}", str(session.config.retrieval.k),
+    return (f"{decoder.n_params(session.cfg) / 1e6:,.0f} M", f"{session.blueprint.context:,}", str(session.config.retrieval.k),
             f"{max(runs * estimate.minutes, 1):,.0f}", f"{needed / preflight.GIB:.1f}", "yes" if needed <= there or not there else "no")
 
 
@@ -104,4 +105,5 @@ def _sizes(session: Session) -> dict[str, int]:
     """What memory depends on beside the model."""
     mesh, config = session.mesh, session.config
     return {"fsdp": mesh.shape["fsdp"], "tensor": mesh.shape["tensor"], "slots": config.generate.slots, "batch": config.sft.batch,
-            "tokens_per_slot": session.slot_tokens, "train_tokens": session.longest_pair}
+            "tokens_per_slot": session.slot_tokens, "train_tokens": session.longest_pair,
+            "adapters": lora.n_params(session.cfg, config.sft.lora)}

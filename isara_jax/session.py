@@ -12,7 +12,7 @@ from typing import Any, Callable, ContextManager, Sequence
 from jax.sharding import Mesh
 
 from isara_jax import preflight
-from isara_jax.common import UserError, write_jsonl
+from isara_jax.common import UserError, content_hash, write_jsonl
 from isara_jax.config import Config
 from isara_jax.console import Console
 from isara_jax.data import filters, prompts, seeds, survey
@@ -25,8 +25,9 @@ from isara_jax.ledger import Cost
 from isara_jax.lm import Blueprint
 from isara_jax.methods import isara
 from isara_jax.methods.setting import Limits, Setting
+from isara_jax.models import decoder, lora
 from isara_jax.models.config import ModelConfig
-from isara_jax.retrieval.embed import Embedder
+from isara_jax.retrieval.embed import OWN, TINY, Embedder
 from isara_jax.retrieval.store import VectorStore
 from isara_jax.workdir import Workdir
 
@@ -105,7 +106,8 @@ class Session:
 
     def setting(self, account: Callable[[str, int], ContextManager[Any]] | None = None) -> Setting:
         """The run as its method sees it; costs go to `account`. Without it, for a preview, nothing is accounted for or kept on disk."""
-        vectors = VectorStore(self.workdir.root / "vectors" if account else None, self.embedder)
+        embedder = self.embedder if self.embedder.ready else Embedder.from_source(TINY)  # a preview without weights shows any exemplars
+        vectors = VectorStore(self.workdir.root / "vectors" if account else None, embedder)
         return Setting(self.config, self.blueprint.tokenizer, self.template, self.blueprint.context, self.limits, Pool(self.workdir.pool),
                        tuple(s.question for s in self.held_out), self.eval_set and self.eval_set.leaks, vectors, self.workdir.iteration,
                        self.console.note,
@@ -128,6 +130,9 @@ def open_session(blueprint: Blueprint, seed_set: seeds.SeedSet, eval_set: EvalSe
     """Check the seeds against the model, split them, derive the limits. Nothing is written."""
     tokenizer = blueprint.tokenizer
     filters.check_names(config.filters)
+    if config.sft.lora.rank:
+        lora.products(blueprint.cfg, config.sft.lora)
+    tokenizer.encode("")  # a folder without a tokenizer ends here
     if tokenizer.eos_id is None:
         raise UserError(f"the tokenizer of {blueprint.source.name} has no end-of-sequence token, so answers could not learn to end. "
                         "Name it as eos_token in its tokenizer_config.json.")
@@ -135,7 +140,7 @@ def open_session(blueprint: Blueprint, seed_set: seeds.SeedSet, eval_set: EvalSe
     train, held_out = seeds.split_holdout(seed_set.pairs, config.data.holdout)
     limits = _limits(config, seed_set.pairs, tokenizer)
     session = Session(config, blueprint, dtype, mesh, workdir, console, seed_set, eval_set, tuple(map(record, train)), tuple(held_out),
-                      template, limits, Embedder.from_source(config.retrieval.encoder))
+                      template, limits, make_embedder(config, blueprint, mesh))
     _check_lengths(session)
     if config.retrieval.k < 0:
         retrieval = dataclasses.replace(config.retrieval, k=_exemplars(session))
@@ -143,6 +148,15 @@ def open_session(blueprint: Blueprint, seed_set: seeds.SeedSet, eval_set: EvalSe
         console.note(f"retrieval.k is {retrieval.k}, derived from the lengths of the pairs (at most {EXEMPLARS}) and the context of "
                      f"{blueprint.context:,} tokens")
     return _with_slots_that_fit(session)
+
+
+def make_embedder(config: Config, blueprint: Blueprint, mesh: Mesh) -> Embedder:
+    """What gives texts their vectors. The model's own states ("own") want its weights later, by `Embedder.bind`."""
+    if config.retrieval.encoder != OWN:
+        return Embedder.from_source(config.retrieval.encoder)
+    tokenizer = blueprint.tokenizer
+    return Embedder.from_model(blueprint.cfg, functools.partial(tokenizer.encode, bos=True), tokenizer.bos_id if tokenizer.adds_bos else None,
+                               blueprint.context, content_hash(blueprint.source.content_hash(), tokenizer.hash), mesh)
 
 
 def make_template(config: Config, blueprint: Blueprint) -> Template:
@@ -222,7 +236,8 @@ def make_plan(session: Session, rows: Sequence[dict[str, Any]], gflops: float) -
     pairs = [len(session.train_seeds) + (t * kept if config.sft.data == "seeds_accumulated" else kept) for t in range(1, iterations + 1)]
     trained = [int(p * (question + answer) * config.sft.epochs) for p in pairs]
     evaluated, arms = _evaluation(session, prompt, answer)
-    flops = 2 * session.cfg.n_params * (iterations * (prefilled + generated) + evaluated + 3 * (sum(trained) + arms * trained[-1]))
+    backward = 2 if config.sft.lora.rank else 3  # without the gradients of frozen weights
+    flops = 2 * decoder.n_params(session.cfg) * (iterations * (prefilled + generated) + evaluated + backward * (sum(trained) + arms * trained[-1]))
     return Plan(n, prompt, prefilled, generated, trained[-1], evaluated, flops / (gflops * 1e9) / 60 / preflight.SHARE_OF_PEAK)
 
 

@@ -40,6 +40,8 @@ class ShardingConfig:
     """The mesh axes of each kind of array; fields are named by its dimensions (see models/layers.py for the letters)."""
 
     embedding_vd: P = P("tensor", "fsdp")
+    positions_pd: P = P(None, "fsdp")
+    project_de: P = P("fsdp", None)
     head_dv: P = P("fsdp", "tensor")
     q_dn: P = P("fsdp", "tensor")
     kv_dk: P = P("fsdp", "tensor")
@@ -57,13 +59,23 @@ class ShardingConfig:
                                  for f in dataclasses.fields(self)})
 
 
-_KERNELS = {"q": "q_dn", "k": "kv_dk", "v": "kv_dk", "o": "o_nd", "gate": "up_df", "up": "up_df", "down": "down_fd", "head": "head_dv"}
+_KERNELS = {"q": "q_dn", "k": "kv_dk", "v": "kv_dk", "o": "o_nd", "gate": "up_df", "up": "up_df", "down": "down_fd", "head": "head_dv",
+            "project_in": "project_de", "project_out": "project_de"}
 
 
 def param_spec(path: tuple[str, ...], rules: ShardingConfig, stacked: bool) -> P:
-    """The spec of the parameter at `path` (for example ('layers', '0', 'attn', 'q', 'kernel')); `stacked` layers lead with [L]."""
+    """The spec of the parameter at `path` (for example ('layers', '0', 'attn', 'q', 'kernel')); `stacked` layers lead with [L].
+
+    A bias and the second half of an adapter lie as the columns of their kernel, the first half of an adapter as its rows.
+    """
     *_, owner, leaf = path
-    spec = {"embedding": rules.embedding_vd, "scale": rules.norm_d}.get(leaf) or getattr(rules, _KERNELS[owner])
+    if leaf == "embedding":
+        spec = rules.positions_pd if owner == "positions" else rules.embedding_vd
+    elif owner.endswith("norm"):
+        spec = rules.norm_d
+    else:
+        rows, columns = getattr(rules, _KERNELS[owner])
+        spec = {"kernel": P(rows, columns), "bias": P(columns), "lora_a": P(rows, None), "lora_b": P(None, columns)}[leaf]
     return P(None, *spec) if stacked and path[0] == "layers" else spec
 
 

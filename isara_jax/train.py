@@ -26,6 +26,7 @@ from isara_jax.folds import Job
 from isara_jax.ledger import Ledger
 from isara_jax.methods.setting import Setting
 from isara_jax.metrics import MetricsWriter
+from isara_jax.models import lora
 from isara_jax.session import Session, open_session, report_pairs, report_seeds, start_pool
 from isara_jax.sharding import make_mesh
 from isara_jax.stop import StopRule
@@ -75,6 +76,7 @@ def align(lm: lm_lib.LM, seeds: str | Path | Sequence[Any], config: Config | dic
     else:
         pairs = seeds_lib.from_pairs(seeds, config.data)
     parts = folds.jobs(config, root, pairs)
+    lm = lm.masters()
     with Console(None, sensitive=config.sensitive) as console:
         ready = [open_session(lm.blueprint, job.seed_set, job.eval_set, job.config, job.workdir, console, lm.dtype, lm.mesh) for job in parts]
         return carry_out(config, root, parts, ready, lm, pairs, refit_all)
@@ -101,6 +103,7 @@ def carry_out(config: Config, root: Workdir, parts: Sequence[Job], ready: Sequen
     for job, session in zip(parts, ready, strict=True):
         if job.title:
             console.rule(job.title)
+        session.embedder.bind(lm.params)
         start(session)
         preview.plan(session)
         done = None  # the weights of the run before make room
@@ -115,6 +118,7 @@ def carry_out(config: Config, root: Workdir, parts: Sequence[Job], ready: Sequen
         job, evaluation, done = folds.on_all(config, root, pairs, judged), done.evaluation, None
         console.rule(job.title)
         session = open_session(lm.blueprint, job.seed_set, job.eval_set, job.config, job.workdir, console, lm.dtype, lm.mesh)
+        session.embedder.bind(lm.params)
         start(session)
         done = dataclasses.replace(run(session, lm), evaluation=evaluation)
         summary.page(console, root.root)  # again, now that there is a run to link to
@@ -221,8 +225,9 @@ def _train(args: cli.Args) -> None:
             return preview.show(ready[-1], runs=len(parts) + bool(args.refit_all))
         missing = sum(summary.finished(job.workdir.iteration(t)) is None for job in parts for t in range(1, config.stop.iterations + 1))
         more = config.stop.iterations if args.refit_all else 0
-        preflight.writable(root.root, preflight.disk_needed(blueprint.cfg, iterations=missing + more, keep=config.keep))
-        lm = lm_lib.load(config.model.name, dtype, mesh=mesh, blueprint=blueprint)
+        preflight.writable(root.root, preflight.disk_needed(blueprint.cfg, iterations=missing + more, keep=config.keep,
+                                                              adapters=lora.n_params(blueprint.cfg, config.sft.lora)))
+        lm = lm_lib.load(config.model.name, dtype, mesh=mesh, blueprint=blueprint, weights="float32")
         try:
             carry_out(config, root, parts, ready, lm, None, args.refit_all)
         except review.Pending as waiting:  # no failure: the next step is a person's

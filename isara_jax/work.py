@@ -15,7 +15,9 @@ from isara_jax.evals import evaluate, forms, quantities
 from isara_jax.ledger import Ledger
 from isara_jax.lm import LM
 from isara_jax.methods.setting import Sampler, Setting
+from isara_jax.models import adapter as adapter_lib
 from isara_jax.models import decoder
+from isara_jax.models.adapter import Adapter
 from isara_jax.session import Session
 from isara_jax.sft import loop as sft_loop
 from isara_jax.workdir import stage
@@ -26,11 +28,12 @@ SAMPLES = 4  # held-out (or seed) questions that the model answers before and af
 
 @dataclass(frozen=True)
 class Tuned:
-    """A fine-tuned model, its loss curve, and the learning rate it was made with."""
+    """A fine-tuned model, its loss curve, the learning rate it was made with, and the adapter where one was trained (and merged)."""
 
     lm: LM
     losses: list[tuple[float, int]]
     rate: float
+    adapter: Adapter | None
 
 
 class Work:
@@ -49,7 +52,7 @@ class Work:
             return self._base
         if self._held is None or self._held[0] != t:
             self._held = None  # free before loading
-            self._held = t, self.checkpoints.restore(t, self._base.abstract_params())
+            self._held = t, self.checkpoints.restore(t, self._base.abstract_params("float32"))
         return self._base.with_params(self._held[1])
 
     def sampler(self, t: int) -> Sampler:
@@ -71,14 +74,25 @@ class Work:
         return sft_loop.steps(pairs, self.session.config.sft)
 
     def fit(self, pairs: Sequence[Record], start_from: int, t: int) -> None:
-        """Fine-tune the model of iteration `start_from` on `pairs`; write the loss curve and the parameters of iteration t."""
+        """Fine-tune the model of iteration `start_from` on `pairs`; write loss curve, adapter and parameters of iteration t."""
         session = self.session
         tuned = self.tune(start_from, [session.example(r.question, r.answer) for r in pairs], self.steps(len(pairs)), str(t), t)
         curve = [{"step": i, "rate": tuned.rate, "loss_sum": total, "tokens": count} for i, (total, count) in enumerate(tuned.losses, 1)]
         write_jsonl(session.workdir.iteration(t) / "loss.jsonl", curve)
         with self.ledger.stage("checkpoint", t):
+            if tuned.adapter:
+                self._save_adapter(tuned.adapter, start_from, t)
             self.checkpoints.save(t, tuned.lm.params)
         self._held = t, tuned.lm.params
+
+    def _save_adapter(self, adapter: Adapter, start_from: int, t: int) -> None:
+        """Write iterations/NN/adapter for the starting model: behind what iteration `start_from` learnt where training went on from it."""
+        blueprint, folder = self.session.blueprint, lambda i: self.session.workdir.iteration(i) / "adapter"
+        family = adapter_lib.family_of(blueprint.source)
+        if start_from:
+            adapter = adapter_lib.chain(adapter_lib.load(folder(start_from), blueprint.cfg, family), adapter)
+        dropout = self.session.config.sft.lora.dropout
+        adapter_lib.save(folder(t), adapter, blueprint.cfg, family, base=blueprint.source.name, dropout=dropout)
 
     def tune(self, start_from: int, examples: Sequence[Example], n_steps: int, name: str, t: int) -> Tuned:
         """The model of iteration `start_from` fine-tuned for so many steps: the one care that every trained arm gets.
@@ -110,7 +124,7 @@ class Work:
 
             fitted = sft_loop.fit(lm.params, lm.cfg, examples, sft, mesh=lm.mesh, dtype=lm.dtype, seed=session.config.seed, context=lm.context,
                                   n_steps=n_steps, checkpoints=self.checkpoints, name=name, on_step=on_step)
-        return Tuned(lm.with_params(fitted.params), fitted.losses, rate)
+        return Tuned(lm.with_params(fitted.params), fitted.losses, rate, fitted.adapter)
 
     def _validate(self, lm: LM, name: str, t: int) -> float:
         """The quantity of the verdict on validation rows, so that more is better."""

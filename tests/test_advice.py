@@ -37,12 +37,16 @@ def test_a_better_model_is_served_and_first_trained_on_everything(tmp_path):
     text = said(run(tmp_path, against={"base": BETTER, "icl_knn": BETTER, "sft_steps": BETTER}))
     assert "better than the starting one: serve it [python -m isara_jax.chat --model=runs/mine]" in text
     assert f"train on every pair, those it was judged on too [{COMMAND} --refit_all]" in text
+    steps = [step.command for step in advise(tmp_path / "mine")]
+    served = steps.index("python -m isara_jax.chat --model=runs/mine")
+    assert steps[served + 1] == "python -m isara_jax.export --workdir=runs/mine --out=runs/mine/export"
     assert "ICL-kNN" not in text and "seeds alone" not in text
 
 
 def test_without_the_control_better_may_be_form_alone(tmp_path):
     text = said(run(tmp_path, against={"base": BETTER, "icl_knn": BETTER}, control=None))
     assert "no shuffled-answers control ran, so it may be better in form alone. Read answers before you serve it" in text and ": serve it" not in text
+    assert "isara_jax.export" not in text
 
 
 @pytest.mark.parametrize("icl", [SAME, WORSE])
@@ -92,6 +96,7 @@ def test_a_fold_has_no_model_of_its_own_to_serve(tmp_path):
     root = run(tmp_path, against={"base": BETTER, "icl_knn": SAME}, data={"folds": 3, "test_share": 0.0, "seeds": "mine.csv"})
     text = said(root)
     assert text.index("--refit_all]") < text.index("--model=runs/mine/all]") and "--icl_knn=mine.csv]" in text
+    assert "--workdir=runs/mine/all --out=runs/mine/all/export]" in text
 
 
 def test_a_review_that_waits_comes_before_everything(tmp_path):

@@ -15,12 +15,17 @@ from isara_jax.decode import attention
 from isara_jax.decode.engine import STEPS, Engine, EngineConfig, Rows, prepare
 from isara_jax.decode.sampling import request_keys
 from isara_jax.models import decoder
-from isara_jax.models.config import ModelConfig
-from isara_jax.models.layers import causal_attention
+from isara_jax.models.config import LayerKind, ModelConfig, Rope
+from isara_jax.models.layers import Layer, causal_attention
 from isara_jax.sharding import make_mesh
 
-TINY = ModelConfig(vocab_size=97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, rope_theta=5e3)
+TINY = ModelConfig(vocab_size=97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, pattern=(LayerKind(Rope(5e3)),))
 WIDE = ModelConfig(vocab_size=512, d_model=576, n_layers=2, n_heads=9, n_kv_heads=3, head_dim=64, d_ff=1536, tie_embeddings=True)
+# Layers that differ: windows within and across blocks, a rotary embedding of their own or none, learned positions, capped scores and logits.
+MIXED = ModelConfig(vocab_size=97, d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, norm="layer", norm_at="sandwich",
+                    pattern=(LayerKind(Rope(5e3, fraction=0.5), window=7, scale=0.3), LayerKind(Rope(1e2, fraction=0.5), window=40),
+                             LayerKind(None), LayerKind(Rope(5e3, fraction=0.5))), qkv_bias=True, qk_norm="head", attn_softcap=2.0,
+                    logit_softcap=3.0, activation="gelu", gated=False, embed_width=16, positions=130, position_offset=2)
 NO_STOP = np.full(8, -1, np.int32)
 
 
@@ -73,17 +78,18 @@ def prompts_of(cfg, lengths, seed=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-def test_cache_equals_full_forward():
+@pytest.mark.parametrize("cfg", [TINY, MIXED], ids=["plain", "mixed"])
+def test_cache_equals_full_forward(cfg):
     """Greedy tokens of ragged prompts, on both sides of chunk and block borders, are the argmax of the full forward at every position."""
-    engine = Engine(TINY, EngineConfig("float32", slots=12, chunk=16, key_block=32), mesh(), 128)
-    prompts = prompts_of(TINY, [1, 2, 15, 16, 17, 18, 32, 33, 34, 65, 97, 5])
+    engine = Engine(cfg, EngineConfig("float32", slots=12, chunk=16, key_block=32), mesh(), 128)
+    prompts = prompts_of(cfg, [1, 2, 15, 16, 17, 18, 32, 33, 34, 65, 97, 5])
     tokens, _ = run(engine, prompts, dtype="float32", temperature=0.0)
 
     @jax.jit
     def full(ids):
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        hidden, _ = decoder.forward(params(TINY, "float32"), TINY, ids, positions, causal_attention(jnp.float32))
-        return jnp.argmax(decoder.lm_head(params(TINY, "float32"), TINY, hidden), axis=-1)
+        hidden, _ = decoder.forward(params(cfg, "float32"), cfg, ids, positions, causal_attention(jnp.float32))
+        return jnp.argmax(decoder.lm_head(params(cfg, "float32"), cfg, hidden), axis=-1)
 
     rows = np.zeros((len(prompts), 128), np.int32)
     for i, (_, p) in enumerate(prompts):
@@ -130,7 +136,8 @@ def test_blocks_beyond_a_row_change_nothing():
     huge = np.array([1, 1e9, 1e9, 1e9]).reshape(4, 1, 1, 1, 1)
     k, v = (jnp.asarray(rng.normal(size=(4, 2, 2, 8, 8)) * huge, jnp.float32) for _ in range(2))
     visible = lambda c: (c * 8 + jnp.arange(8) < jnp.array([3, 0])[:, None])[:, None, None]
-    few, many = (jax.jit(lambda n: attention._over_blocks(q, k, v, n, visible, "float32"))(n) for n in (1, 4))
+    layer = Layer(0, 0, 1.0, 0.0, None)
+    few, many = (jax.jit(lambda n: attention._over_blocks(q, k, v, n, visible, layer, "float32"))(n) for n in (1, 4))
     assert all((a == b).all() for a, b in zip(few, many))
     assert (few[1][1] == 0).all() and (few[2][1] == 0).all()
 
@@ -166,10 +173,10 @@ import jax, numpy as np
 from isara_jax.decode.engine import EngineConfig, prepare
 from isara_jax.decode.generate import Request, generate
 from isara_jax.models import decoder
-from isara_jax.models.config import ModelConfig
+from isara_jax.models.config import LayerKind, ModelConfig, Rope
 from isara_jax.sharding import make_mesh
 
-cfg = ModelConfig(vocab_size=97, d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, rope_theta=5e3)
+cfg = ModelConfig(vocab_size=97, d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, pattern=(LayerKind(Rope(5e3)),))
 weights = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, decoder.init_params(cfg, 0))
 rng = np.random.default_rng(0)
 requests = [Request(tuple(rng.integers(0, 97, n).tolist()), i, 12, 0.8, 0.9) for i, n in enumerate(rng.integers(1, 60, 40))]

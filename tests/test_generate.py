@@ -16,10 +16,10 @@ from isara_jax.decode import generate as module
 from isara_jax.decode.engine import EngineConfig, prepare
 from isara_jax.decode.generate import Completion, Request, generate
 from isara_jax.models import decoder
-from isara_jax.models.config import ModelConfig
+from isara_jax.models.config import LayerKind, ModelConfig, Rope
 from isara_jax.sharding import make_mesh
 
-TINY = ModelConfig(vocab_size=97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, rope_theta=5e3)
+TINY = ModelConfig(vocab_size=97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48, pattern=(LayerKind(Rope(5e3)),))
 CONTEXT = 128
 LETTERS = "abcdefghij"
 

@@ -1,153 +1,283 @@
-"""Hugging Face folders: logits equal to transformers', and one clear error for whatever does not fit."""
+"""Hugging Face folders: every part of every tensor where it belongs, little memory, and one clear error for whatever does not fit."""
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from isara_jax.common import UserError
-from isara_jax.models import decoder, hf
-from isara_jax.models.config import ModelConfig
-from isara_jax.models.layers import causal_attention
+from isara_jax.models import hf, tensors
+from isara_jax.models.families import table
+from isara_jax.models.families.table import Entry
 
-CFG = ModelConfig(vocab_size=50, d_model=48, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=12, d_ff=80, rope_theta=777.0, norm_eps=1e-3)
-TOKENS = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 0]])
-
-
-def logits(params, cfg):
-    positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
-    hidden, _ = decoder.forward(params, cfg, jnp.asarray(TOKENS), positions, causal_attention(jnp.float32))
-    return np.asarray(decoder.lm_head(params, cfg, hidden))
-
-
-def load(folder):
-    cfg = hf.model_config(folder)
-    return cfg, hf.load_params(folder, cfg, lambda path, array: jnp.asarray(array))
+SMALL = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36}
+CONFIGS = {
+    "llama": {"model_type": "llama", **SMALL, "num_key_value_heads": 2, "head_dim": 8, "attention_bias": True,
+              "max_position_embeddings": 99},
+    "phi3": {"model_type": "phi3", **SMALL, "num_key_value_heads": 2},
+    "gpt_neox": {"model_type": "gpt_neox", **SMALL, "rotary_pct": 1.0},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 40, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 16},
+    "opt": {"model_type": "opt", **{k: v for k, v in SMALL.items() if k != "intermediate_size"}, "ffn_dim": 36, "word_embed_proj_dim": 8,
+            "do_layer_norm_before": False, "max_position_embeddings": 16},
+}
 
 
-def to_folder(folder, cfg=CFG, *, stored=np.float32, **changes):
-    """A folder written without transformers: config.json and one safetensors file."""
-    tree = decoder.init_params(cfg, 1)
-    tensors = {}
-    for name, path in hf.keys(cfg).items():
-        array = tree
-        for key in path:
-            array = array[key]
-        tensors[name] = np.ascontiguousarray(np.asarray(array).T if path[-1] == "kernel" else np.asarray(array)).astype(stored)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"model_type": "llama", "vocab_size": cfg.vocab_size, "hidden_size": cfg.d_model, "num_hidden_layers": cfg.n_layers,
-              "num_attention_heads": cfg.n_heads, "num_key_value_heads": cfg.n_kv_heads, "head_dim": cfg.head_dim,
-              "intermediate_size": cfg.d_ff, "rope_theta": cfg.rope_theta, "rms_norm_eps": cfg.norm_eps, "tie_word_embeddings": cfg.tie_embeddings,
-              "max_position_embeddings": 99}
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    return tree
+def to_folder(folder, name="llama", *, stored=np.float32, rename=lambda key: key, more=None, **changes):
+    """A folder with random tensors, written without transformers; returns (config, our parameters by path, tensors by key)."""
+    raw = CONFIGS[name] | changes
+    (folder / "config.json").write_text(json.dumps(raw))
+    cfg, family = hf.model_config(folder), hf.family(folder)
+    shapes, rng = table.param_shapes(cfg), np.random.default_rng(0)
+    ours = {path: rng.standard_normal(shape).astype(stored) for path, shape in shapes.items()}
+    arrays = {rename(e.key): table.join(e, [ours[path] for path in e.paths], cfg) for e in family.entries(cfg)}
+    save_file(arrays | (more or {}), folder / "model.safetensors", metadata={"format": "pt"})
+    return cfg, ours, arrays
 
 
-# -------------------------------------------------------------------------------------------------------------------------- parity
-@pytest.mark.parametrize("tied, dtype, shard", [(False, "float32", "1GB"), (True, "float32", "20KB"), (False, "bfloat16", "20KB"),
-                                                (True, "float16", "1GB")])
-def test_logits_equal_transformers_on_a_random_llama(tmp_path, tied, dtype, shard):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=12, intermediate_size=80,
-        rope_parameters={"rope_type": "default", "rope_theta": 777.0}, rms_norm_eps=1e-3, tie_word_embeddings=tied, initializer_range=0.3,
-        max_position_embeddings=128)
-    transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(tmp_path, max_shard_size=shard)
-    assert (tmp_path / "model.safetensors.index.json").exists() is (shard == "20KB")
-    reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    cfg, params = load(tmp_path)
-    assert cfg == dataclasses.replace(CFG, tie_embeddings=tied) and hf.context_length(tmp_path) == 128
-    with torch.no_grad():
-        expected = reference(torch.tensor(TOKENS)).logits.numpy()
-    np.testing.assert_allclose(logits(params, cfg), expected, rtol=0, atol=1e-4)
+def whole(path, shape, dtype, read):
+    """A `Place` that keeps numpy arrays."""
+    return read((slice(None),) * len(shape))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- files
-@pytest.mark.parametrize("stored", [np.float64, np.float32, np.float16])
-def test_stored_dtypes_become_contiguous_float32(tmp_path, stored):
-    tree = to_folder(tmp_path, stored=stored)
-    seen = {}
-    hf.load_params(tmp_path, CFG, lambda path, array: seen.setdefault(path, array))
-    assert all(a.dtype == np.float32 and a.flags.c_contiguous for a in seen.values())
-    np.testing.assert_allclose(seen["layers", "1", "mlp", "down", "kernel"], tree["layers"]["1"]["mlp"]["down"]["kernel"], atol=1e-4)
+def leaves(tree, path=()):
+    return {k: v for key, value in tree.items() for k, v in (leaves(value, (*path, key)) if isinstance(value, dict) else {
+        (*path, key): value}).items()}
 
 
-def test_both_ages_of_config_json_read_the_same(tmp_path):
-    to_folder(tmp_path, rope_scaling=None)
-    old = hf.model_config(tmp_path)
-    to_folder(tmp_path, rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 777.0}, attention_bias=False)
-    assert hf.model_config(tmp_path) == old == CFG
+# --------------------------------------------------------------------------------------------------------------------- contents
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tensors_arrive_in_our_layout_and_dtype(tmp_path, monkeypatch, name, stored, dtype):
+    monkeypatch.setattr(tensors, "BLOCK", 700)  # some rows at a time
+    cfg, ours, _ = to_folder(tmp_path, name, stored=stored)
+    loaded = leaves(hf.load_params(tmp_path, cfg, whole, dtype))
+    assert loaded.keys() == ours.keys()
+    for path, array in loaded.items():
+        assert array.dtype == dtype and array.flags.c_contiguous and array.ctypes.data % 64 == 0
+        np.testing.assert_array_equal(array, ours[path].astype(dtype), err_msg="/".join(path))
+    assert hf.stored_dtypes(tmp_path) == dict.fromkeys((e.key for e in hf.family(tmp_path).entries(cfg)), {
+        "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}[np.dtype(stored).name])
 
 
-def test_missing_fields_of_config_json_follow_from_others(tmp_path):
-    to_folder(tmp_path, head_dim=None, num_key_value_heads=None)
-    assert (hf.model_config(tmp_path).head_dim, hf.model_config(tmp_path).n_kv_heads) == (8, 6)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_any_part_of_a_tensor_is_that_part_of_the_whole(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(tensors, "BLOCK", 300)
+    cfg, ours, _ = to_folder(tmp_path, name)
+    rng = np.random.default_rng(1)
+
+    def parts(path, shape, dtype, read):
+        for _ in range(6):
+            index = tuple(slice(*sorted(rng.integers(0, size + 1, 2).tolist())) for size in shape)
+            np.testing.assert_array_equal(read(index), ours[path][index], err_msg=f"{path} {index}")
+        return None
+
+    hf.load_params(tmp_path, cfg, parts)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"model_type": "gpt2"}, "model_type 'gpt2': family not supported yet"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type 'llama3'"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters of type 'yarn'"),
-    ({"attention_bias": True}, "attention_bias=True"),
-    ({"mlp_bias": True}, "mlp_bias=True"),
-    ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-    ({"sliding_window": 128}, "sliding_window=128"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"hidden_size": "wide"}, "wrong kind"),
-    ({"num_attention_heads": 5, "num_key_value_heads": 2}, "wrong kind: n_heads=5 is not a multiple"),
-])
-def test_what_cannot_be_run_exactly_is_refused(tmp_path, changes, message):
-    to_folder(tmp_path, **changes)
-    with pytest.raises(UserError, match=message) as caught:
-        hf.model_config(tmp_path)
-    assert "config.json" in str(caught.value)
+def test_the_largest_tensors_come_first_and_the_head_of_tied_ones_not_at_all(tmp_path):
+    cfg, ours, arrays = to_folder(tmp_path, tie_word_embeddings=True)
+    sizes = []
+    loaded = leaves(hf.load_params(tmp_path, cfg, lambda path, shape, dtype, read: sizes.append(int(np.prod(shape)))))
+    assert sizes == sorted(sizes, reverse=True) and ("head", "kernel") not in loaded and "lm_head.weight" not in arrays
 
 
-def test_tensors_that_do_not_fit_are_all_listed(tmp_path):
+DEVICES = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+sys.path.insert(0, {tests!r})
+from families_peer import load
+from isara_jax.models import tensors
+from isara_jax.sharding import make_mesh
+assert len(jax.devices()) == 8
+read, pread = [], tensors._pread
+tensors._pread = lambda d, into, at, file: read.append(into.nbytes) or pread(d, into, at, file)
+for folder in sys.argv[1:]:
+    alone = load(Path(folder))[1]
+    size = sum(read)
+    for data, fsdp, tensor in ((1, 1, 8), (2, 2, 2), (1, 8, 1), (8, 1, 1)):
+        read.clear()
+        cfg, shared = load(Path(folder), mesh=make_mesh(data, fsdp, tensor))
+        pairs = zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True)
+        assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+        assert sum(read) <= 1.3 * size, (folder, data, fsdp, tensor, sum(read), size)  # norms and biases are whole on each
+        if fsdp * tensor > 1:
+            kernel = shared["layers"]["0"]["mlp"]["up"]["kernel"]
+            assert kernel.addressable_shards[0].data.size * fsdp * tensor == kernel.size
+    read.clear()
+"""
+
+
+def test_eight_devices_hold_the_same_and_each_part_is_read_once(tmp_path):
+    folders = []
+    for name in CONFIGS:
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        wide = {"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64, "ffn_dim": 64}
+        to_folder(folders[-1], name, **({"n_embd": 32, "n_head": 8} if name == "gpt2" else wide))
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", DEVICES.format(tests=str(Path(__file__).parent)), *map(str, folders)], env=env,
+                          cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from isara_jax.models import decoder, hf, tensors
+from isara_jax.models.place import placer
+from isara_jax.sharding import make_mesh, param_shardings
+tensors.BLOCK = 1 << 20  # as small beside this model as the real one beside a model of 1e9 parameters
+folder, dtype = Path(sys.argv[1]), sys.argv[2]
+cfg = hf.model_config(folder)
+place = placer(param_shardings(decoder.abstract_params(cfg), make_mesh()))
+jax.device_put(np.zeros(9)).astype(dtype)
+status = lambda: {line.split(":")[0]: int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("Vm")}
+before = status()["VmRSS"]
+params = hf.load_params(folder, cfg, place, dtype)
+size = sum(x.nbytes for x in jax.tree.leaves(params))
+print((status()["VmHWM"] - before) / size, size)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
+@pytest.mark.parametrize("stored, dtype, files", [(ml_dtypes.bfloat16, "bfloat16", 1), (np.float32, "bfloat16", 3),
+                                                  (np.float32, "float32", 1)])
+def test_loading_peaks_at_little_more_than_the_weights(tmp_path, stored, dtype, files):
+    """Resident memory above what imports took; the weights are 67 MB in bfloat16, of which the embedding is 18."""
+    raw = CONFIGS["llama"] | {"vocab_size": 12_000, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072,
+                              "head_dim": 64, "num_key_value_heads": 4, "num_hidden_layers": 3, "attention_bias": False,
+                              "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    cfg = hf.model_config(tmp_path)
+    shapes = table.param_shapes(cfg)
+    named = [(e.key, table.stored_shape(e, shapes)) for e in hf.family(tmp_path).entries(cfg)]
+    names = ["model.safetensors"] if files == 1 else [f"part{i}.safetensors" for i in range(files)]
+    for i, file in enumerate(names):
+        save_file({key: np.full(shape, 0.5, stored) for key, shape in named[i::files]}, tmp_path / file)
+    if files > 1:
+        weight_map = {key: names[i] for i in range(files) for key, _ in named[i::files]}
+        (tmp_path / tensors.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path), dtype], env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+                          cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ratio, size = map(float, done.stdout.split())
+    assert size > 60e6 and 0.9 < ratio < 1.25
+
+
+# -------------------------------------------------------------------------------------------------------------------- spellings
+@pytest.mark.parametrize("name, prefix", [("llama", "model."), ("opt", "model."), ("gpt2", "transformer."), ("gpt_neox", "gpt_neox.")])
+def test_keys_of_the_base_model_and_buffers_of_old_releases_are_read(tmp_path, name, prefix):
+    """As openai-community/gpt2 and facebook/opt-350m spell them: without the prefix of the causal language model."""
+    buffers = {f"{place}.{leaf}": np.zeros((1, 1, 4, 4), np.uint8)
+               for place, leaf in (("h.0.attn", "bias"), ("h.1.attn", "masked_bias"), ("layers.0.self_attn.rotary_emb", "inv_freq"),
+                                   ("layers.1.attention", "masked_bias"), ("layers.1.attention.rotary_emb", "inv_freq"))}
+    cfg, ours, _ = to_folder(tmp_path, name, rename=lambda key: key.removeprefix(prefix), more=buffers)
+    loaded = leaves(hf.load_params(tmp_path, cfg, whole))
+    assert all(np.array_equal(loaded[path], ours[path]) for path in ours)
+
+
+def test_the_head_of_gpt_neox_has_two_names(tmp_path):
+    cfg, ours, arrays = to_folder(tmp_path, "gpt_neox", rename=lambda key: key.replace("embed_out", "lm_head"))
+    assert "lm_head.weight" in arrays
+    np.testing.assert_array_equal(leaves(hf.load_params(tmp_path, cfg, whole))["head", "kernel"], ours["head", "kernel"])
+
+
+def test_a_tied_model_may_store_its_head_where_it_is_the_embedding(tmp_path):
+    cfg, ours, arrays = to_folder(tmp_path, tie_word_embeddings=True)
+    embedding = arrays.pop("model.embed_tokens.weight")
+    file = tmp_path / "model.safetensors"
+    for stored in ({"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}, {"lm_head.weight": embedding}):
+        save_file(arrays | stored, file)
+        assert np.array_equal(leaves(hf.load_params(tmp_path, cfg, whole))["embed", "embedding"], ours["embed", "embedding"])
+    other = embedding.copy()
+    other[-1, -1] += 1
+    save_file(arrays | {"model.embed_tokens.weight": embedding, "lm_head.weight": other}, file)
+    with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight, but config.json says tie_word_embeddings"):
+        hf.load_params(tmp_path, cfg, whole)
+
+
+def test_further_tensors_come_back_in_the_same_tree(tmp_path):
+    score, bias = np.arange(72, dtype=np.float32).reshape(3, 24), np.arange(3, dtype=np.float32)
+    cfg, _, arrays = to_folder(tmp_path, more={"score.weight": score, "score.bias": bias}, tie_word_embeddings=True)
+    also = {Entry("score.weight", (("score", "kernel"),), "linear"): (24, 3), Entry("score.bias", (("score", "bias"),), "plain"): (3,)}
+    loaded = leaves(hf.load_params(tmp_path, cfg, whole, also=also))
+    assert np.array_equal(loaded["score", "kernel"], score.T) and np.array_equal(loaded["score", "bias"], bias)
+    with pytest.raises(UserError, match="score.bias is unexpected\n  score.weight is unexpected"):
+        hf.load_params(tmp_path, cfg, whole)
+    with pytest.raises(UserError, match=r"score.weight has shape \[3, 24\], config.json says \[2, 24\]"):
+        hf.load_params(tmp_path, cfg, whole, also={Entry("score.weight", (("score", "kernel"),), "linear"): (24, 2), list(also)[1]: (3,)})
+
+
+def test_the_context_is_that_of_the_config(tmp_path):
     to_folder(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["model.norm.weight"]
-    tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((80, 47), np.float32)
-    tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((80, 48), np.int8)
-    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(72, np.float32)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(6, np.float32)  # a buffer that old folders carry
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError) as caught:
-        hf.load_params(tmp_path, CFG, lambda path, array: array)
-    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
-        "model.norm.weight is missing", "model.layers.0.self_attn.q_proj.bias is unexpected",
-        "model.layers.0.mlp.up_proj.weight has shape [80, 47], config.json says [80, 48]",
-        "model.layers.1.mlp.up_proj.weight is stored as I8; read are F64, F32, F16, BF16"]
+    assert hf.context_length(tmp_path) == 99
+
+
+# ----------------------------------------------------------------------------------------------------------------------- errors
+def test_tensors_that_do_not_fit_are_all_listed(tmp_path):
+    cfg, _, _ = to_folder(tmp_path)
+    arrays = load_file(tmp_path / "model.safetensors")
+    del arrays["model.norm.weight"]
+    arrays["model.layers.0.mlp.up_proj.weight"] = np.zeros((36, 23), np.float32)
+    arrays["model.layers.1.mlp.up_proj.weight"] = np.zeros((36, 24), np.int8)
+    arrays["model.layers.0.self_attn.q_norm.weight"] = np.zeros(8, np.float32)
+    arrays["layers.0.self_attn.k_proj.bias"] = arrays["model.layers.0.self_attn.k_proj.bias"]
+    save_file(arrays, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="the weights do not fit config.json") as caught:
+        hf.load_params(tmp_path, cfg, whole)
+    assert sorted(line.strip() for line in str(caught.value).splitlines()[1:]) == [
+        "layers.0.self_attn.k_proj.bias and model.layers.0.self_attn.k_proj.bias are the same tensor",
+        "model.layers.0.mlp.up_proj.weight has shape [36, 23], config.json says [36, 24]",
+        "model.layers.0.self_attn.q_norm.weight is unexpected",
+        "model.layers.1.mlp.up_proj.weight is stored as I8; read are F64, F32, F16, BF16", "model.norm.weight is missing"]
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
-    to_folder(tmp_path)
+    cfg, _, _ = to_folder(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
-    save_file({"lm_head.weight": np.zeros((50, 48), np.float32)}, tmp_path / "b.safetensors")
-    index = {"weight_map": {"model.norm.weight": "a.safetensors", "lm_head.weight": "b.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"lm_head.weight": np.zeros((40, 24), np.float32)}, tmp_path / "b.safetensors")
+    weight_map = {"model.norm.weight": "a.safetensors", "lm_head.weight": "b.safetensors"}
+    (tmp_path / tensors.INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match="lm_head.weight is in a.safetensors and in b.safetensors"):
-        hf.load_params(tmp_path, CFG, lambda path, array: array)
+        hf.load_params(tmp_path, cfg, whole)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/../../x.safetensors", "model.bin", 7])
-def test_an_index_cannot_point_elsewhere(tmp_path, name):
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(UserError, match="not a .safetensors file of this folder"):
-        hf.weight_files(tmp_path)
-
-
-@pytest.mark.parametrize("kept", [0, 5, 500, 20_000])
-def test_a_file_cut_short_is_one_clear_error(tmp_path, kept):
-    to_folder(tmp_path)
+def test_a_file_cut_short_is_one_clear_error_before_anything_is_placed(tmp_path):
+    cfg, _, _ = to_folder(tmp_path)
     path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="model.safetensors is not a whole safetensors file"):
-        hf.load_params(tmp_path, CFG, lambda path, array: array)
+        hf.load_params(tmp_path, cfg, lambda *args: pytest.fail("something was read"))
+
+
+@pytest.mark.parametrize("text, message", [("{", "is not valid JSON"), ("[]", "holds a list"), (None, "cannot be read"),
+                                           ('{"model_type": "bert"}', "'bert': family not supported")])
+def test_a_config_that_is_none_is_one_clear_error(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=f"config.json.*{message}"):
+        hf.model_config(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- as transformers writes it
+@pytest.mark.parametrize("dtype, shard", [("float32", "20KB"), ("bfloat16", "20KB"), ("float16", "5GB")])
+def test_what_transformers_saves_in_shards_loads_with_its_logits(tmp_path, dtype, shard):
+    pytest.importorskip("transformers")
+    from families_peer import expected_logits, load, logits, tokens_of
+    from hf_models import make
+
+    model = make("qwen3", tmp_path, dtype=dtype, shard=shard)
+    assert (tmp_path / tensors.INDEX).exists() is (shard == "20KB")
+    tokens = tokens_of(96)
+    expected = expected_logits(model.float(), tokens)
+    np.testing.assert_allclose(logits(*load(tmp_path), tokens), expected, rtol=0, atol=1e-5 * np.abs(expected).max())

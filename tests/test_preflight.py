@@ -8,6 +8,7 @@ import pytest
 
 from isara_jax import preflight
 from isara_jax.common import UserError
+from isara_jax.models import decoder
 from isara_jax.models.config import ModelConfig
 
 SMOLLM2 = ModelConfig(vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, d_ff=1536, tie_embeddings=True)
@@ -116,10 +117,12 @@ def test_a_full_disk_is_found_before_it_is_filled(tmp_path):
 
 
 def test_disk_needed_counts_kept_parameters_and_one_unfinished_state():
-    weights = 4 * SMOLLM2.n_params
+    weights = 4 * decoder.n_params(SMOLLM2)
     assert preflight.disk_needed(SMOLLM2, iterations=10, keep="all") // weights == 13
     assert preflight.disk_needed(SMOLLM2, iterations=10, keep="best_last") // weights == 6
     assert preflight.disk_needed(SMOLLM2, iterations=1, keep="best_last") // weights == 4
+    with_adapters = preflight.disk_needed(SMOLLM2, iterations=10, keep="all", adapters=1_000_000)
+    assert with_adapters - preflight.disk_needed(SMOLLM2, iterations=10, keep="all") == 4 * 13_000_000 - 3 * weights
 
 
 # ------------------------------------------------------------------------------------------------------------------ compiling
@@ -162,11 +165,13 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, settings, monk
 # --------------------------------------------------------------------------------------------------------------------- memory
 def test_memory_needed_by_hand():
     cfg = ModelConfig(vocab_size=100, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, d_ff=16)
-    n, shape = cfg.n_params, {"slots": 3, "tokens_per_slot": 10, "batch": 4, "train_tokens": 6}
+    n, shape = decoder.n_params(cfg), {"slots": 3, "tokens_per_slot": 10, "batch": 4, "train_tokens": 6}
     kv, logits = 3 * 10 * 2 * 2 * 4, 4 * 4 * 3 * 100
     blocks, losses = 4 * 4 * 6 * (2 * 8 + 4 * 16 + 4 * 8 + 2 * 6), 4 * 4 * 64 * 100
     assert preflight.memory_needed(cfg, "float32", **shape) == {"sampling": 8 * n + 4 * kv + logits, "training": 20 * n + blocks + losses}
     assert preflight.memory_needed(cfg, "bfloat16", **shape) == {"sampling": 10 * n + 2 * kv + logits, "training": 22 * n + blocks + losses}
+    lora = preflight.memory_needed(cfg, "bfloat16", **shape, adapters=50)  # no gradients and moments but theirs
+    assert lora == {"sampling": 10 * n + 2 * kv + logits, "training": 8 * n + 4 * 4 * 50 + blocks + losses}
     split = preflight.memory_needed(cfg, "float32", **shape, devices=4, fsdp=4)  # weights in four parts, but whole for sampling
     assert split == {"sampling": 2 * n + 4 * n + 4 * kv + logits, "training": 5 * n + (blocks + losses) // 4}
 
@@ -203,6 +208,18 @@ def test_the_advice_to_share_out_parameters_helps(monkeypatch):
     with pytest.raises(UserError, match="mesh.data=1 --config.mesh.fsdp=-1"):
         preflight.check_memory(big, "bfloat16", gpus, **wide)
     assert preflight.check_memory(big, "bfloat16", gpus, **wide, fsdp=8)
+
+
+def test_where_training_is_too_much_adapters_are_named_if_they_fit(monkeypatch):
+    tight = {**SHAPE, "batch": 1, "slots": 2}
+    monkeypatch.setattr(preflight, "memory_there", lambda device: (2 * GIB, 2 * GIB))
+    with pytest.raises(UserError, match=r"train adapters in place of the weights \(--config.sft.lora.rank=16\)"):
+        preflight.check_memory(SMOLLM2, "float32", [device()], **tight)
+    assert preflight.check_memory(SMOLLM2, "float32", [device()], **tight, adapters=5_000_000)
+    monkeypatch.setattr(preflight, "memory_there", lambda device: (GIB, GIB))
+    with pytest.raises(UserError) as e:
+        preflight.check_memory(SMOLLM2, "float32", [device()], **tight)
+    assert "adapters" not in str(e.value)
 
 
 def test_an_accelerator_tells_its_memory():

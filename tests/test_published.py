@@ -14,7 +14,8 @@ from huggingface_hub import constants, errors
 from isara_jax import config as config_lib
 from isara_jax import lm
 from isara_jax.common import UserError
-from isara_jax.models import assets, hf, published, resolve
+from isara_jax.models import assets, decoder, hf, published, resolve
+from isara_jax.models.config import LayerKind
 
 ROOT = Path(__file__).parent.parent
 PARAMETERS = {"llama-7b": 6_738_415_616, "opt-6.7b": 6_658_473_984, "opt-350m": 331_196_416}
@@ -67,12 +68,20 @@ def test_the_fields_make_a_model_of_the_published_size(name):
     assert config.max_position_embeddings == model.context
 
 
-def test_llama_is_what_the_hub_folder_would_say(tmp_path):
-    model = published.find("llama-7b")
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_shape_is_what_the_hub_folder_would_say(tmp_path, name):
+    model = published.find(name)
     (tmp_path / "config.json").write_text(json.dumps(model.config))
     assert model.model_config() == hf.model_config(tmp_path) and model.context == hf.context_length(tmp_path)
-    assert model.model_config().n_params == PARAMETERS["llama-7b"]
-    assert model.model_config().norm_eps == 1e-6, "huggyllama's; the schema's own default is 1e-5"
+    assert decoder.n_params(model.model_config()) == PARAMETERS[name]
+
+
+def test_what_sets_the_models_apart():
+    llama, large, small = (published.find(name).model_config() for name in ("llama-7b", "opt-6.7b", "opt-350m"))
+    assert llama.norm_eps == 1e-6, "huggyllama's; the schema's own default is 1e-5"
+    assert (large.norm_at, large.final_norm, large.embed_dim, large.positions) == ("pre", True, 4096, 2050)
+    assert (small.norm_at, small.final_norm, small.embed_dim, small.positions) == ("post", False, 512, 2050)
+    assert large.activation == small.activation == "relu" and small.pattern == (LayerKind(None),)
 
 
 # --------------------------------------------------------------------------------------------------------------------- names
@@ -98,12 +107,11 @@ def test_a_folder_of_that_name_comes_first(hub, tmp_path):
     assert resolve.resolve("llama-7b", shape_only=True).path == Path("llama-7b")
 
 
-@pytest.mark.parametrize("ask", [resolve.resolve, lm.describe, lambda name: lm.describe(name, shape_only=True)])
-@pytest.mark.parametrize("name", ["opt-6.7b", "opt-350m", "facebook/opt-350m"])
-def test_opt_ends_before_any_download(hub, name, ask):
-    with pytest.raises(UserError, match=r"opt-.*facebook/opt-.*family not supported yet; supported is llama\. Take llama-7b"):
-        ask(name)
-    assert hub.asked == []
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_model_of_the_paper_is_planned_without_its_files(hub, name):
+    for asked in (name, published.find(name).hub):
+        made = lm.describe(asked, shape_only=True)
+        assert (made.cfg, made.context) == (published.find(name).model_config(), 2048) and hub.asked == []
 
 
 @pytest.mark.parametrize("name, meant", [("lama-7b", "llama-7b"), ("llama7b", "llama-7b"), ("opt6.7b", "opt-6.7b")])
@@ -122,10 +130,17 @@ def test_a_variant_sets_the_model_and_a_large_models_learning_rate():
     assert (config.model.name, config.sft.lr) == ("llama-7b", 2e-5)
 
 
-def test_a_variant_of_another_family_leaves_the_config_alone():
+def test_a_small_model_keeps_the_learning_rate_of_the_config():
     config = config_lib.defaults()
-    with pytest.raises(UserError, match="opt-350m .*family not supported yet"):
-        published.use(config, "opt-350m")
+    config.sft.lr = 1e-4
+    published.use(config, "opt-350m")
+    assert (config.model.name, config.sft.lr) == ("opt-350m", 1e-4)
+
+
+def test_an_unknown_variant_leaves_the_config_alone():
+    config = config_lib.defaults()
+    with pytest.raises(UserError, match="no variant of this config"):
+        published.use(config, "opt-13b")
     assert config_lib.from_dict(config) == config_lib.Config()
 
 

@@ -90,6 +90,89 @@ def test_what_the_cache_lacks_is_downloaded(hub, model):
     assert hub.asked == [("owner/name", True), ("owner/name", False)]
 
 
+# -------------------------------------------------------------------------------------- repositories that ship pytorch_model.bin alone
+def discussion(number, title=resolve.CONVERTED, author=resolve.CONVERTER):
+    return types.SimpleNamespace(num=number, title=title, author=author, is_pull_request=True, git_reference=f"refs/pr/{number}")
+
+
+@pytest.fixture
+def pickled(hub, model, tmp_path, monkeypatch):
+    """A repository "owner/old" of the hub without safetensors; `requests` are its pull requests, `holding` those references with some."""
+    hub.requests, hub.holding, hub.downloaded = [], set(), []
+    repository = hub.cache / "models--owner--old"
+    (repository / "refs" / "refs" / "pr").mkdir(parents=True)
+
+    def download(name, *, revision=None, local_files_only=False, allow_patterns=(), **kwargs):
+        """As snapshot_download: fills the cache with the revision's files, or finds what is there."""
+        commit = (revision or "main").replace("/", "-")
+        folder = repository / "snapshots" / commit
+        if local_files_only and not folder.exists():
+            raise errors.LocalEntryNotFoundError("not here")
+        if not local_files_only:
+            assert "*.bin" not in allow_patterns, "pickles are never downloaded"
+            hub.downloaded.append(revision or "main")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text("{}")
+            if revision in hub.holding:
+                (folder / "model.safetensors").write_bytes(b"weights")
+            (repository / "refs" / (revision or "main")).write_text(commit)
+        return str(folder)
+
+    def discussions(self, name, *, author, discussion_type):
+        assert (name, author, discussion_type) == ("owner/old", "SFconvertbot", "pull_request")
+        return iter(hub.requests)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_repo_discussions", discussions)
+    hub.repository = repository
+    return hub
+
+
+def test_weights_that_the_hub_converted_are_taken_from_their_pull_request(pickled):
+    pickled.requests = [discussion(7, title="Fix a typo"), discussion(3), discussion(9, author="somebody"), discussion(5)]
+    pickled.holding = {"refs/pr/3", "refs/pr/9", "refs/pr/7"}
+    said = []
+    source = resolve.resolve("owner/old", say=said.append)
+    assert source.path == pickled.repository / "snapshots" / "refs-pr-3" and source.name == "owner/old"
+    assert pickled.downloaded == ["main", "refs/pr/5", "refs/pr/3"], "the newest first, and nobody else's"
+    assert "refs/pr/3" in said[-1]
+
+
+def test_converted_weights_are_found_again_without_asking_the_hub(pickled, monkeypatch):
+    pickled.requests, pickled.holding = [discussion(3)], {"refs/pr/3"}
+    first = resolve.resolve("owner/old", say=lambda text: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = list(pickled.downloaded)
+    assert resolve.resolve("owner/old") == first and pickled.downloaded == asked
+
+
+def test_a_reference_in_the_cache_that_leaves_its_folder_is_not_followed(pickled, model, monkeypatch):
+    pickled.requests, pickled.holding = [discussion(3)], {"refs/pr/3"}
+    resolve.resolve("owner/old", say=lambda text: None)
+    (pickled.repository / "refs" / "refs" / "pr" / "3").write_text(f"../../../{model.name}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        resolve.resolve("owner/old")
+
+
+def test_where_nobody_converted_them_the_way_out_is_named(pickled, monkeypatch):
+    way_out = "`hf download owner/old` prints a folder.*`python -m isara_jax.export --model=FOLDER --from_bin --out=NEW`"
+    with pytest.raises(UserError, match=f"holds no weights as .*has added none.*{way_out}"):
+        resolve.resolve("owner/old", say=lambda text: None)
+
+    def closed(*args, **kwargs):
+        raise errors.HfHubHTTPError("discussions are disabled", response=response(403))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_repo_discussions", closed)
+    with pytest.raises(UserError, match=f"cannot be told: .*{way_out}"):
+        resolve.resolve("owner/old", say=lambda text: None)
+
+
+def test_a_folder_without_a_tokenizer_is_a_model(model):
+    (model / "tokenizer.json").unlink()
+    assert resolve.resolve(str(model)).kind == "hf"
+
+
 # -------------------------------------------------------------------------------------------------------------------- what is not
 def response(status):
     return types.SimpleNamespace(status_code=status, headers={}, request=None)
@@ -152,7 +235,9 @@ def test_wrong_names_say_what_is_near(hub, monkeypatch, model, name, message):
     (["notes.txt"], "has no config.json. It holds notes.txt"),
     (["a.gguf", "b.gguf"], "holds 2 GGUF files; name one"),
     (["config.json"], "holds no weights"),
-    (["config.json", "pytorch_model.bin"], "pytorch_model.bin is a pickle"),
+    (["config.json", "pytorch_model.bin"], r"pytorch_model.bin is a pickle.*`python -m isara_jax.export --model=\S+ --from_bin --out=NEW`"),
+    (["config.json", "pytorch_model-00001-of-00002.bin"], "--from_bin"),
+    (["config.json", "weights.pth"], "weights.pth is a pickle, which this package never opens: convert it with transformers"),
 ])
 def test_folders_that_are_no_model_say_why(tmp_path, files, message):
     for name in files:

@@ -1,4 +1,6 @@
 """Scoring by trees equals scoring each pair alone; what is shared is computed once."""
+import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -15,29 +17,32 @@ from isara_jax.decode.engine import prepare
 from isara_jax.decode.score import plan, score
 from isara_jax.lm import load
 from isara_jax.models import decoder
-from isara_jax.models.config import ModelConfig
+from isara_jax.models.config import LayerKind, ModelConfig, Rope
 from isara_jax.models.layers import causal_attention
 from isara_jax.models.resolve import TINY_CONFIG
 from isara_jax.sharding import make_mesh
 
 UNTIED = ModelConfig(vocab_size=1500, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64, tie_embeddings=False)
-PARAMS = {cfg: jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, decoder.init_params(cfg, seed=0)) for cfg in (TINY_CONFIG, UNTIED)}
+# Layers that differ in window and rotary embedding, capped scores and logits
+MIXED = dataclasses.replace(TINY_CONFIG, pattern=(LayerKind(Rope(100.0), window=9), LayerKind(None)), attn_softcap=1.0, logit_softcap=0.5,
+                            positions=514, position_offset=2, embed_width=32)
+PARAMS = {cfg: jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, decoder.init_params(cfg, seed=0)) for cfg in (TINY_CONFIG, UNTIED, MIXED)}
 MESH = make_mesh(devices=jax.devices()[:1])
 
 
-@jax.jit
-def log_p_of_row(params, tokens_1T):
+@functools.partial(jax.jit, static_argnums=1)
+def log_p_of_row(params, cfg, tokens_1T):
     positions = jnp.arange(tokens_1T.shape[1])[None]
-    hidden, _ = decoder.forward(params, TINY_CONFIG, tokens_1T, positions, causal_attention(jnp.dtype("float32")))
-    return jax.nn.log_softmax(decoder.lm_head(params, TINY_CONFIG, hidden)[0])
+    hidden, _ = decoder.forward(params, cfg, tokens_1T, positions, causal_attention(jnp.dtype("float32")))
+    return jax.nn.log_softmax(decoder.lm_head(params, cfg, hidden)[0])
 
 
-def alone(prompt, continuation, width=512):
+def alone(prompt, continuation, width=512, cfg=TINY_CONFIG):
     """The pair in a row of its own: the plain causal forward, and the log-probabilities of the continuation picked from it."""
     row = np.array([*prompt, *continuation])
     tokens = np.zeros((1, width), np.int32)
     tokens[0, :len(row)] = row
-    log_p = np.asarray(log_p_of_row(PARAMS[TINY_CONFIG], tokens), np.float64)
+    log_p = np.asarray(log_p_of_row(PARAMS[cfg], cfg, tokens), np.float64)
     return sum(log_p[i - 1, row[i]] for i in range(len(prompt), len(row)))
 
 
@@ -103,12 +108,13 @@ def forests(draw):
     return draw(st.permutations(pairs + extra))
 
 
+@pytest.mark.parametrize("cfg", [TINY_CONFIG, MIXED], ids=["plain", "mixed"])
 @settings(max_examples=25, deadline=None)
 @given(forests(), st.sampled_from([1, 10**9]))
-def test_every_pair_scores_what_it_scores_alone(pairs, worth):
+def test_every_pair_scores_what_it_scores_alone(cfg, pairs, worth):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(score_lib, "_tokens_at_once", lambda mesh: worth if worth == 1 else 1024)  # 1: share the prefix, one row a batch
-        np.testing.assert_allclose(scored(pairs), [alone(*pair) for pair in pairs], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(scored(pairs, cfg), [alone(*pair, cfg=cfg) for pair in pairs], rtol=0, atol=1e-4)
 
 
 def test_many_prompts_behind_a_prefix_in_several_batches():

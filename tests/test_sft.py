@@ -15,7 +15,7 @@ from isara_jax.config import Sft
 from isara_jax.data.batching import Batch, Example, collate
 from isara_jax.models import decoder
 from isara_jax.models.config import ModelConfig
-from isara_jax.models.layers import causal_attention
+from isara_jax.models.layers import Layer, causal_attention
 from isara_jax.sft import loop
 from isara_jax.sft.attention import packed_attention
 from isara_jax.sft.loss import CHUNK, nll_sum
@@ -87,11 +87,12 @@ def test_pairs_in_a_packed_row_do_not_see_each_other():
     assert total == pytest.approx(sum(reference_nll(params, CFG, e) for e in rows), rel=1e-5)
 
 
-def test_one_segment_is_plain_causal_attention():
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("window, softcap", [(0, 0.0), (2, 0.5)])
+def test_one_segment_is_plain_causal_attention(window, softcap):
+    rng, layer = np.random.default_rng(0), Layer(0, window, 1.0, softcap, None)
     q, k, v = (jnp.asarray(rng.standard_normal((2, 5, n, 6)), jnp.float32) for n in (4, 2, 2))
-    packed, _ = packed_attention(jnp.float32, jnp.ones((2, 5), int))(q, k, v, None, None)
-    plain, _ = causal_attention(jnp.float32)(q, k, v, None, None)
+    packed, _ = packed_attention(jnp.float32, jnp.ones((2, 5), int))(q, k, v, layer, None)
+    plain, _ = causal_attention(jnp.float32)(q, k, v, layer, None)
     np.testing.assert_allclose(packed, plain, atol=1e-6)
 
 
@@ -111,7 +112,7 @@ def test_prompt_and_padding_do_not_teach():
     changed_prompt_targets = batch._replace(targets=np.where(batch.loss_mask, batch.targets, 11))
     step = train_step(CFG, SFT, MESH, "float32")
     batches = (batch, changed_padding, changed_prompt_targets)
-    results = [step(init_state(params, CFG, SFT, MESH), b, np.float32(0.1))[0].params for b in batches]
+    results = [step(init_state(params, CFG, SFT, MESH), b, np.float32(0.1), None)[0].params for b in batches]
     for other in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True))
 
@@ -153,7 +154,7 @@ def test_optimizer_is_torch_adamw_with_clipping(decay):
 def test_the_loss_curve_is_that_of_torch_and_transformers():
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     theirs_cfg = transformers.LlamaConfig(vocab_size=23, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
-                                          num_key_value_heads=2, head_dim=6, rms_norm_eps=CFG.norm_eps, rope_theta=CFG.rope_theta)
+                                          num_key_value_heads=2, head_dim=6, rms_norm_eps=CFG.norm_eps, rope_theta=10_000.0)
     params, model = decoder.init_params(CFG, 0), transformers.LlamaForCausalLM(theirs_cfg)
     model.load_state_dict(_to_torch(torch, params))
     rows = examples(4)

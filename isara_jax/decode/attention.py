@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from isara_jax.models.config import ModelConfig
-from isara_jax.models.layers import NEG_INF, group_heads, ungroup_heads
+from isara_jax.models.layers import NEG_INF, capped, group_heads, in_window, ungroup_heads
 
 
 def stored_dtype(dtype: str) -> jnp.dtype:
@@ -34,18 +34,22 @@ def prefill(dtype: str, start: jax.Array):
     """
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer, state):
-        T, K = q_BTNH.shape[1], k_BTKH.shape[2]
-        W = state[0][layer].shape[-1]
+        T, K, i = q_BTNH.shape[1], k_BTKH.shape[2], layer.index
+        W = state[0][i].shape[-1]
         block, offset = start // W, start % W
         new_k = _store(k_BTKH, dtype).transpose(0, 2, 3, 1)[None]
         new_v = _store(v_BTKH, dtype).transpose(0, 2, 1, 3)[None]
-        k = jax.lax.dynamic_update_slice(state[0][layer], new_k, (block, 0, 0, 0, offset))
-        v = jax.lax.dynamic_update_slice(state[1][layer], new_v, (block, 0, 0, offset, 0))
-        q_BKRH = group_heads(q_BTNH * q_BTNH.shape[-1] ** -0.5, K).astype(dtype)
+        k = jax.lax.dynamic_update_slice(state[0][i], new_k, (block, 0, 0, 0, offset))
+        v = jax.lax.dynamic_update_slice(state[1][i], new_v, (block, 0, 0, offset, 0))
+        q_BKRH = group_heads(q_BTNH, K).astype(dtype)
         position_R = start + jnp.tile(jnp.arange(T), q_BKRH.shape[2] // T)
-        visible = lambda c: (c * W + jnp.arange(W) <= position_R[:, None])[None, None]
-        acc = _over_blocks(q_BKRH, k, v, block + 1, visible, dtype)
-        return ungroup_heads(_finish(acc), T), (_put(state[0], layer, k), _put(state[1], layer, v))
+
+        def visible(c):
+            distance_RW = position_R[:, None] - (c * W + jnp.arange(W))
+            return in_window(distance_RW >= 0, distance_RW, layer)[None, None]
+
+        acc = _over_blocks(q_BKRH, k, v, block + 1, visible, layer, dtype)
+        return ungroup_heads(_finish(acc), T), (_put(state[0], i, k), _put(state[1], i, v))
 
     return attend
 
@@ -63,15 +67,20 @@ def decode(dtype: str, k: tuple[jax.Array, ...], v: tuple[jax.Array, ...], cache
     """
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer, state):
-        K, W = k_BTKH.shape[2], k[layer].shape[-1]
+        K, W, i = k_BTKH.shape[2], k[layer.index].shape[-1], layer.index
         put = lambda into, new: jax.lax.dynamic_update_slice_in_dim(into, new.transpose(0, 2, 1, 3), j, axis=2)
-        recent_k, recent_v = put(state[0][layer], k_BTKH), put(state[1][layer], v_BTKH)
-        q_BKRH = group_heads(q_BTNH * q_BTNH.shape[-1] ** -0.5, K).astype(dtype)
-        visible = lambda c: (c * W + jnp.arange(W) < cached_B[:, None])[:, None, None]
-        acc = _over_blocks(q_BKRH, k[layer], v[layer], (longest + W - 1) // W, visible, dtype)
-        among = (jnp.arange(recent_k.shape[2]) <= j)[None, None, None]
-        acc = _attend_block(acc, q_BKRH, recent_k.transpose(0, 1, 3, 2).astype(dtype), recent_v.astype(dtype), among, dtype)
-        return ungroup_heads(_finish(acc), 1), (_put(state[0], layer, recent_k), _put(state[1], layer, recent_v))
+        recent_k, recent_v = put(state[0][i], k_BTKH), put(state[1][i], v_BTKH)
+        q_BKRH = group_heads(q_BTNH, K).astype(dtype)
+
+        def visible(c):
+            place_W = c * W + jnp.arange(W)
+            return in_window(place_W < cached_B[:, None], cached_B[:, None] + j - place_W, layer)[:, None, None]
+
+        acc = _over_blocks(q_BKRH, k[i], v[i], (longest + W - 1) // W, visible, layer, dtype)
+        back_J = j - jnp.arange(recent_k.shape[2])
+        among = in_window(back_J >= 0, back_J, layer)[None, None, None]
+        acc = _attend_block(acc, q_BKRH, recent_k.transpose(0, 1, 3, 2).astype(dtype), recent_v.astype(dtype), among, layer, dtype)
+        return ungroup_heads(_finish(acc), 1), (_put(state[0], i, recent_k), _put(state[1], i, recent_v))
 
     return attend
 
@@ -88,22 +97,22 @@ def flush(dtype: str, k: tuple[jax.Array, ...], v: tuple[jax.Array, ...], recent
 
 
 # ---------------------------------------------------------------------------------------------------------------- online softmax
-def _over_blocks(q_BKRH, k_CBKHW, v_CBKWH, blocks, visible, dtype):
+def _over_blocks(q_BKRH, k_CBKHW, v_CBKWH, blocks, visible, layer, dtype):
     """The running softmax (largest score, sum of weights, weighted values) over the first `blocks` blocks of keys."""
     B, K, R, H = q_BKRH.shape
 
     def one(c, acc):
         k, v = (_load(jax.lax.dynamic_index_in_dim(x, c, keepdims=False), dtype) for x in (k_CBKHW, v_CBKWH))
-        return _attend_block(acc, q_BKRH, k, v, visible(c), dtype)
+        return _attend_block(acc, q_BKRH, k, v, visible(c), layer, dtype)
 
     empty = (jnp.full((B, K, R, 1), NEG_INF), jnp.zeros((B, K, R, 1)), jnp.zeros((B, K, R, H)))
     return jax.lax.fori_loop(0, blocks, one, empty)
 
 
-def _attend_block(acc, q_BKRH, k_BKHW, v_BKWH, visible, dtype):
+def _attend_block(acc, q_BKRH, k_BKHW, v_BKWH, visible, layer, dtype):
     """One block more. Where a row sees nothing of it, the weights are zero, the scale is one, and nothing changes."""
     top, total, out = acc
-    scores = jnp.einsum("BKRH,BKHW->BKRW", q_BKRH, k_BKHW, preferred_element_type=jnp.float32)
+    scores = capped(jnp.einsum("BKRH,BKHW->BKRW", q_BKRH, k_BKHW, preferred_element_type=jnp.float32), layer.softcap)
     scores = jnp.where(visible, scores, NEG_INF)
     new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.where(visible, jnp.exp(scores - new_top), 0.0)

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from isara_jax.models import decoder
 from isara_jax.models.config import ModelConfig
-from isara_jax.models.layers import NEG_INF, group_heads, ungroup_heads
+from isara_jax.models.layers import NEG_INF, capped, in_window, masked_attention
 from isara_jax.sharding import put_rows, row_devices
 
 NARROWEST = 128           # tokens of the narrowest row; wider ones double. Few widths are few programs
@@ -251,42 +251,41 @@ def _prefix(params: decoder.Params, cfg: ModelConfig, dtype: str, mesh: Mesh, to
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _prefix_program(params, cfg, dtype, tokens_1S):
     S = tokens_1S.shape[1]
-    plain = _attention(dtype, jnp.full((1, S), S), (), 0)  # one chain of tokens; padding stands behind what sees it not
+    positions_1S = jnp.arange(S)[None]
+    plain = _attention(dtype, positions_1S, jnp.full((1, S), S), (), 0)  # one chain of tokens; padding stands behind what sees it not
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer, state):
         return plain(q_BTNH, k_BTKH, v_BTKH, layer, None)[0], (*state, (k_BTKH[0], v_BTKH[0]))
 
-    return decoder.forward(params, cfg, tokens_1S, jnp.arange(S)[None], attend, ())[1]
+    return decoder.forward(params, cfg, tokens_1S, positions_1S, attend, ())[1]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _hidden(params, cfg, dtype, tokens_BT, positions_BT, ends_BT, prefix, prefix_length):
-    return decoder.forward(params, cfg, tokens_BT, positions_BT, _attention(dtype, ends_BT, prefix, prefix_length))[0]
+    return decoder.forward(params, cfg, tokens_BT, positions_BT, _attention(dtype, positions_BT, ends_BT, prefix, prefix_length))[0]
 
 
-def _attention(dtype: str, ends_BT: jax.Array, prefix: tuple[Any, ...], prefix_length: jax.Array | int):
+def _attention(dtype: str, positions_BT: jax.Array, ends_BT: jax.Array, prefix: tuple[Any, ...], prefix_length: jax.Array | int):
     """An `attend` over the prefix and the ancestors of each token. Products in `dtype` with float32 accumulation, the rest float32."""
     B, T = ends_BT.shape
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer, state):
-        N, H = q_BTNH.shape[2:]
-        K = k_BTKH.shape[2]
-        before = prefix[layer] if prefix else (jnp.zeros((0, K, H)),) * 2
+        N, (K, H) = q_BTNH.shape[2], k_BTKH.shape[2:]
+        before = prefix[layer.index] if prefix else (jnp.zeros((0, K, H)),) * 2
         S = before[0].shape[0] + T
-        join = lambda old, new: jnp.concatenate([jnp.broadcast_to(old, (B, *old.shape)), new], axis=1).transpose(0, 2, 1, 3).astype(dtype)
-        k_BKSH, v_BKSH = map(join, before, (k_BTKH, v_BTKH))
+        k_BSKH, v_BSKH = (jnp.concatenate([jnp.broadcast_to(old, (B, *old.shape)), new], axis=1)
+                          for old, new in zip(before, (k_BTKH, v_BTKH)))
         in_prefix = jnp.arange(S - T) < prefix_length
+        place_BS = jnp.concatenate([jnp.broadcast_to(jnp.arange(S - T), (B, S - T)), positions_BT], axis=1)
 
         def some(start, q_BQNH):
             Q = q_BQNH.shape[1]
             at_Q1 = start + jnp.arange(Q)[:, None]
             own_BQT = (jnp.arange(T) <= at_Q1) & (at_Q1 < ends_BT[:, None])
-            visible = jnp.concatenate([jnp.broadcast_to(in_prefix, (B, Q, S - T)), own_BQT], axis=2)[:, None, None]
-            scores = jnp.einsum("BKRH,BKSH->BKRS", group_heads(q_BQNH * H ** -0.5, K).astype(dtype), k_BKSH,
-                                preferred_element_type=jnp.float32)
-            scores = jnp.where(jnp.broadcast_to(visible, (B, 1, N // K, Q, S)).reshape(B, 1, N // K * Q, S), scores, NEG_INF)
-            weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-            return ungroup_heads(jnp.einsum("BKRS,BKSH->BKRH", weights, v_BKSH, preferred_element_type=jnp.float32), Q)
+            visible_BQS = jnp.concatenate([jnp.broadcast_to(in_prefix, (B, Q, S - T)), own_BQT], axis=2)
+            place_BQ = jax.lax.dynamic_slice_in_dim(positions_BT, start, Q, axis=1)
+            visible_BQS = in_window(visible_BQS, place_BQ[:, :, None] - place_BS[:, None], layer)
+            return masked_attention(q_BQNH, k_BSKH, v_BSKH, visible_BQS, layer, dtype)
 
         if T <= QUERIES:
             return some(0, q_BTNH), state
@@ -320,4 +319,4 @@ def _log_p(params, cfg, hidden_BTD, heads, sources, targets):
     wanted = jnp.take(kernel, targets, axis=axis)
     wanted = (wanted if cfg.tie_embeddings else jnp.moveaxis(wanted, 0, -1)).astype(jnp.float32)
     logits = jnp.sum(take(states, sources).astype(kernel.dtype).astype(jnp.float32) * wanted, axis=-1)
-    return logits - jnp.take_along_axis(top + jnp.log(total), sources, axis=1)
+    return capped(logits, cfg.logit_softcap) - jnp.take_along_axis(top + jnp.log(total), sources, axis=1)

@@ -1,39 +1,51 @@
 """The decoder as pure functions of a parameter tree; Flax NNX modules define and initialise it.
 
-Parameters are a plain nested dict with string keys, one entry a layer (kernels are [in, out]):
+Parameters are a plain nested dict with string keys, one entry a layer (kernels are [in, out]); what stands in brackets depends on the config:
 
-    embed/embedding [V, D]          layers/0/attn_norm/scale [D]     layers/0/attn/{q,k,v,o}/kernel
-    norm/scale [D]                  layers/0/mlp_norm/scale [D]      layers/0/mlp/{gate,up,down}/kernel
-    head/kernel [D, V] (not tied)
+    embed/embedding [V, E]   [positions/embedding [P, D]]   [project_in/kernel [E, D]   project_out/kernel [D, E]]
+    layers/0/{attn,mlp}[_out]_norm/{scale,[bias]} [D]       layers/0/attn/{q,k,v,o}/{kernel,[bias]}   [layers/0/attn/{q,k}_norm/scale]
+    layers/0/mlp/{[gate],up,down}/{kernel,[bias]}           [norm/{scale,[bias]} [D]]                 [head/kernel [E, V]]
+
+A product of a layer may also have an adapter beside its kernel: lora_a [in, r] and lora_b [r, out] (see models/lora.py).
 
 There is one forward. What differs between training, scoring, prefill and decode is the `attend` function handed to it.
 """
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from isara_jax.models.config import ModelConfig
-from isara_jax.models.layers import Block, Linear, RMSNorm
+from isara_jax.models.config import LayerKind, ModelConfig
+from isara_jax.models.layers import Block, Layer, Linear, Norm, capped, matmul
+from isara_jax.models.rope import turn
 
 Params = dict[str, Any]
-# attend(q [B, T, N, H], k [B, T, K, H], v [B, T, K, H], layer, state) -> (out [B, T, N, H], state); layer is an int, or traced under scan
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]]
+# attend(q [B, T, N, H] scaled, k [B, T, K, H], v [B, T, K, H], layer, state) -> (out [B, T, N, H], state); layer is a `Layer`
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Layer, Any], tuple[jax.Array, Any]]
+NO_WINDOW = 2**30  # a window wider than any text, where layers with and without one are scanned
 
 
 class Decoder(nnx.Module):
     """Defines the parameters and their initial values; `forward` runs them."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(cfg.vocab_size, cfg.d_model, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
+        embed = functools.partial(nnx.Embed, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
+        self.embed = embed(cfg.vocab_size, cfg.embed_dim)
+        if cfg.positions:
+            self.positions = embed(cfg.positions, cfg.d_model)
+        if cfg.embed_dim != cfg.d_model:
+            self.project_in = Linear(cfg.embed_dim, cfg.d_model, rngs=rngs)
+            self.project_out = Linear(cfg.d_model, cfg.embed_dim, rngs=rngs)
         self.layers = nnx.List([Block(cfg, rngs=rngs) for _ in range(cfg.n_layers)])
-        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, rngs=rngs)
+        if cfg.final_norm:
+            self.norm = Norm(cfg.d_model, cfg, rngs=rngs)
         if not cfg.tie_embeddings:
-            self.head = Linear(cfg.d_model, cfg.vocab_size, rngs=rngs)
+            self.head = Linear(cfg.embed_dim, cfg.vocab_size, rngs=rngs)
 
 
 def init_params(cfg: ModelConfig, seed: int) -> Params:
@@ -53,6 +65,11 @@ def abstract_params(cfg: ModelConfig) -> Params:
     return _string_keys(nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))))
 
 
+def n_params(cfg: ModelConfig) -> int:
+    """Number of parameters, tied embeddings counted once."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(cfg)))
+
+
 def stack_layers(params: Params) -> Params:
     """One stacked entry [L, ...] for each parameter of `layers`, as `forward` scans them."""
     layers = params["layers"]
@@ -65,42 +82,98 @@ def unstack_layers(params: Params, n_layers: int) -> Params:
 
 
 def forward(params: Params, cfg: ModelConfig, tokens_BT: jax.Array, positions_BT: jax.Array, attend: Attend, state: Any = None, *,
-            remat: bool = False) -> tuple[jax.Array, Any]:
-    """Tokens to the normed hidden states `lm_head` takes: ([B, T, D] float32, the state that `attend` left).
+            remat: bool = False, drop: Callable[[Any], Callable[[jax.Array, int], jax.Array]] | None = None) -> tuple[jax.Array, Any]:
+    """Tokens to the hidden states `lm_head` takes: ([B, T, E] float32, the state that `attend` left).
 
     `params["layers"]` is either the tree of layers (unrolled; any `attend`) or one stacked tree (scanned; `attend` keeps no state).
-    `remat` recomputes each block in the backward pass instead of keeping its activations.
+    `remat` recomputes each block in the backward pass instead of keeping its activations. `drop`, given the number of a layer, returns its
+    `Layer.drop`: the dropout before adapters.
     """
     x_BTD = jnp.take(params["embed"]["embedding"], tokens_BT, axis=0).astype(jnp.float32)
+    if cfg.embed_scale != 1:
+        x_BTD = x_BTD * cfg.embed_scale
+    if "project_in" in params:
+        x_BTD = matmul(x_BTD, params["project_in"]["kernel"])
+    if cfg.positions:
+        x_BTD = x_BTD + jnp.take(params["positions"]["embedding"], positions_BT + cfg.position_offset, axis=0).astype(jnp.float32)
+    layers, kinds = params["layers"], _Kinds(cfg, positions_BT)
 
-    def block(layer_params, x, layer, inner):
-        return nnx.merge(_graph(Block, cfg), nnx.State(layer_params))(x, positions_BT, attend, layer, inner)
+    def block(layer_params, x, state, layer):
+        return nnx.merge(_block(cfg, _ranks(layer_params)), nnx.State(layer_params))(x, attend, layer, state)
 
-    layers = params["layers"]
     if "0" in layers:
-        run = jax.checkpoint(block, static_argnums=(2,)) if remat else block
         for i in range(cfg.n_layers):
-            x_BTD, state = run(layers[str(i)], x_BTD, i, state)
+            run = functools.partial(block, layer=kinds.layer(i, drop and drop(i)))
+            x_BTD, state = (jax.checkpoint(run) if remat else run)(layers[str(i)], x_BTD, state)
     else:
-        body = lambda x, layer_params: (block(layer_params, x, None, None)[0], None)
-        x_BTD, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, x_BTD, layers)
-    return nnx.merge(_graph(RMSNorm, cfg.d_model, cfg.norm_eps), nnx.State(params["norm"]))(x_BTD), state
+        body = lambda x, xs: (block(xs[0], x, None, kinds.scanned(xs[1], drop and drop(xs[1])))[0], None)
+        x_BTD, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, x_BTD, (layers, jnp.arange(cfg.n_layers)))
+    if cfg.final_norm:
+        x_BTD = nnx.merge(_norm(cfg), nnx.State(params.get("norm", {})))(x_BTD)
+    return matmul(x_BTD, params["project_out"]["kernel"]) if "project_out" in params else x_BTD, state
+
+
+class _Kinds:
+    """The kinds of the layers of one forward; each distinct rotary embedding is computed once for all layers that have it."""
+
+    def __init__(self, cfg: ModelConfig, positions_BT: jax.Array):
+        self.cfg, self.kinds = cfg, tuple(cfg.kind(i) for i in range(cfg.n_layers))
+        ropes = tuple(dict.fromkeys(kind.rope for kind in self.kinds))
+        width = cfg.rotary_dim
+        self.turns = {rope: turn(rope, width, positions_BT) if width else None for rope in ropes}
+
+    def layer(self, i: int, drop: Any) -> Layer:
+        kind = self.kinds[i]
+        return Layer(i, kind.window, self._scale(kind), self.cfg.attn_softcap, self.turns[kind.rope] if kind.rope else None, drop)
+
+    def scanned(self, i: jax.Array, drop: Any) -> Layer:
+        """Layer i, an array; what is the same in all layers stays a constant of the program."""
+        different = lambda values: len(set(values)) > 1
+        windows, scales = [k.window for k in self.kinds], [self._scale(k) for k in self.kinds]
+        window = jnp.array([w or NO_WINDOW for w in windows])[i] if different(windows) else windows[0]
+        scale = jnp.array(scales, jnp.float32)[i] if different(scales) else scales[0]
+        turns, which = list(self.turns.values()), list(self.turns)
+        if len(which) == 1 or not self.cfg.rotary_dim:
+            pair = turns[0] if which[0] else None
+        else:
+            number = jnp.array([which.index(k.rope) for k in self.kinds])[i]
+            pair = tuple(jnp.stack(parts)[number] for parts in zip(*turns))
+        return Layer(None, window, scale, self.cfg.attn_softcap, pair, drop)
+
+    def _scale(self, kind: LayerKind) -> float:
+        return kind.scale or self.cfg.head_dim ** -0.5
 
 
 def lm_head(params: Params, cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """Hidden states [..., D] to float32 logits [..., V]; tied models use the embedding."""
+    """Hidden states [..., E] to float32 logits [..., V]; tied models use the embedding. Reads `head_params` only."""
     if cfg.tie_embeddings:
         kernel, axis = params["embed"]["embedding"], 1
     else:
         kernel, axis = params["head"]["kernel"], 0
     dims = (((hidden.ndim - 1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(hidden.astype(kernel.dtype), kernel, dims, preferred_element_type=jnp.float32)
+    return capped(jax.lax.dot_general(hidden.astype(kernel.dtype), kernel, dims, preferred_element_type=jnp.float32), cfg.logit_softcap)
+
+
+def head_params(params: Params, cfg: ModelConfig) -> Params:
+    """The part of the parameters that `lm_head` reads."""
+    return {"embed": params["embed"]} if cfg.tie_embeddings else {"head": params["head"]}
+
+
+def _ranks(layer_params: Params) -> tuple[tuple[str, int], ...]:
+    """The ranks of the adapters that stand among the parameters of a layer, as `Block` takes them."""
+    owners = {**layer_params["attn"], **layer_params["mlp"]}
+    return tuple((name, leaves["lora_a"].shape[-1]) for name, leaves in sorted(owners.items()) if "lora_a" in leaves)
+
+
+# The structures of modules without their weights, to be merged with a subtree of the parameters.
+@functools.lru_cache(maxsize=16)
+def _block(cfg: ModelConfig, ranks: tuple[tuple[str, int], ...]) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: Block(cfg, ranks, rngs=nnx.Rngs(0))))
 
 
 @functools.lru_cache(maxsize=16)
-def _graph(module: type[nnx.Module], *args: Any) -> nnx.GraphDef:
-    """The structure of a module without its weights, to be merged with a subtree of the parameters."""
-    return nnx.graphdef(nnx.eval_shape(lambda: module(*args, rngs=nnx.Rngs(0))))
+def _norm(cfg: ModelConfig) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: Norm(cfg.d_model, cfg, rngs=nnx.Rngs(0))))
 
 
 def _string_keys(tree: Any) -> Any:

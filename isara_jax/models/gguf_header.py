@@ -117,11 +117,19 @@ class _Cursor:
         return name, shape, *self.take("IQ")
 
 
-def _bytes(shape: tuple[int, ...], kind: int) -> int:
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+def kind_name(kind: int) -> str:
+    """What ggml calls a kind of storage, "Q4_K" for 12; its number where the installed gguf package does not know it."""
+    from gguf.constants import GGMLQuantizationType
 
     try:
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    except ValueError:  # a kind that is newer than the installed gguf package
-        raise KeyError(kind) from None
+        return GGMLQuantizationType(kind).name
+    except ValueError:
+        return f"number {kind}"
+
+
+def _bytes(shape: tuple[int, ...], kind: int) -> int:
+    """Bytes of a tensor; 0 where its kind is not known, which is refused by name when the tensor is wanted."""
+    from gguf.constants import GGML_QUANT_SIZES
+
+    block, block_bytes = GGML_QUANT_SIZES.get(kind, (1, 0))
     return math.prod(shape) // block * block_bytes

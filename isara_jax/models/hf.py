@@ -1,110 +1,80 @@
-"""Hugging Face folders of the Llama family: config.json to `ModelConfig`, safetensors to our parameter tree. No torch, no pickle."""
+"""Hugging Face folders: config.json to `ModelConfig`, safetensors to our parameter tree, tensor by tensor. No torch, no pickle.
+
+Memory: the largest tensors come first, each is read in slices of rows through one buffer, and what is written is the memory that jax keeps,
+so a load peaks at little more than the weights themselves (benchmarks/loading.py).
+"""
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from types import MappingProxyType
+from typing import Any, Iterator, Mapping
 
 import numpy as np
-import safetensors
 
 from isara_jax.common import UserError
-from isara_jax.models import decoder
+from isara_jax.models import decoder, families, tensors
 from isara_jax.models.config import ModelConfig
+from isara_jax.models.families import table
+from isara_jax.models.families.table import Entry, ParamPath, Shape
+from isara_jax.models.place import Place, Read
 from isara_jax.models.resolve import read_json
 
-ParamPath = tuple[str, ...]
-Place = Callable[[ParamPath, np.ndarray], Any]  # puts one float32 array where it belongs
-
-# Our path inside a layer -> the name in the checkpoint below model.layers.N.; kernels are stored there as [out, in].
-LAYER_KEYS: dict[ParamPath, str] = {
-    ("attn_norm", "scale"): "input_layernorm.weight", ("mlp_norm", "scale"): "post_attention_layernorm.weight",
-    **{("attn", p, "kernel"): f"self_attn.{p}_proj.weight" for p in "qkvo"},
-    **{("mlp", p, "kernel"): f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")},
-}
-OUTER_KEYS: dict[ParamPath, str] = {("embed", "embedding"): "model.embed_tokens.weight", ("norm", "scale"): "model.norm.weight",
-                                    ("head", "kernel"): "lm_head.weight"}
-# Fields of a config.json that change the mathematics and have one supported value.
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None, "partial_rotary_factor": 1.0,
-         "quantization_config": None}
-STORED = ("F64", "F32", "F16", "BF16")  # what becomes float32 without a scale of its own
+LINE = 64  # bytes of a cache line: stored rows are turned into our columns so many bytes wide at a time
 
 
 def model_config(folder: Path) -> ModelConfig:
-    """The mathematics of a folder's config.json, in the form of transformers 4 (rope_theta) or 5 (rope_parameters).
+    """The mathematics of a folder's config.json, in the form of transformers 4 or 5.
 
     Raises `UserError` for another family and for every field that we could not honour exactly.
     """
-    path = folder / "config.json"
-    raw = read_json(path)
-    if raw.get("model_type") != "llama":
-        raise UserError(f"{path}: model_type {raw.get('model_type')!r}: family not supported yet; supported is llama (Llama, "
-                        "SmolLM2 and others that use its layout).")
-    rope = raw.get("rope_parameters") or {}
-    problems = [f"{k}={raw[k]!r} (supported: {v!r})" for k, v in FIXED.items() if (raw.get(k) or v) != v]
-    for name in ("rope_parameters", "rope_scaling"):
-        kind = (raw.get(name) or {}).get("rope_type") or (raw.get(name) or {}).get("type") or "default"
-        if kind != "default":
-            problems.append(f"{name} of type {kind!r} (supported: 'default')")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"partial_rotary_factor={rope['partial_rotary_factor']!r} (supported: 1.0)")
-    if problems:
-        raise UserError(f"{path}: not supported yet: {', '.join(problems)}. Running it anyway would give wrong logits.")
-    try:
-        heads = int(raw["num_attention_heads"])
-        return ModelConfig(
-            vocab_size=int(raw["vocab_size"]), d_model=int(raw["hidden_size"]), n_layers=int(raw["num_hidden_layers"]), n_heads=heads,
-            n_kv_heads=int(raw.get("num_key_value_heads") or heads), head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
-            d_ff=int(raw["intermediate_size"]), rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)), tie_embeddings=bool(raw.get("tie_word_embeddings", False)))
-    except KeyError as e:
-        raise UserError(f"{path} lacks {e}; it is not the config.json of a Llama model.") from None
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{path} has a field of a wrong kind: {e}.") from None
+    raw, path = _config(folder)
+    return families.find(raw, path).read(raw, path)
 
 
 def context_length(folder: Path) -> int:
-    """Longest sequence in tokens."""
-    return int(read_json(folder / "config.json").get("max_position_embeddings", 2048))
+    """Longest sequence in tokens for which the mathematics is that of transformers."""
+    raw, path = _config(folder)
+    return families.find(raw, path).context_length(raw, path)
 
 
-def keys(cfg: ModelConfig) -> dict[str, ParamPath]:
-    """Checkpoint key -> our path, for every parameter of a model."""
-    layers = {f"model.layers.{i}.{name}": ("layers", str(i), *path) for i in range(cfg.n_layers) for path, name in LAYER_KEYS.items()}
-    return {**{name: path for path, name in OUTER_KEYS.items() if not (path[0] == "head" and cfg.tie_embeddings)}, **layers}
+def family(folder: Path) -> families.Family:
+    """The family of a folder's model. Raises `UserError` for one that is not supported."""
+    return families.find(*_config(folder))
 
 
-def load_params(folder: Path, cfg: ModelConfig, place: Place) -> decoder.Params:
-    """Read the weights tensor by tensor as float32; `place` puts each on its devices.
+def stored_dtypes(folder: Path) -> dict[str, str]:
+    """Canonical key -> dtype as safetensors names it ("BF16"), of every tensor of the causal language model in a folder."""
+    checkpoint, _, found = _found(folder, family(folder), model_config(folder), {})
+    return {key: checkpoint.entries[name].dtype for key, name in found.items()}
+
+
+def load_params(folder: Path, cfg: ModelConfig, place: Place, dtype: str = "float32",
+                also: Mapping[Entry, Shape] = MappingProxyType({})) -> decoder.Params:
+    """Read the weights, the largest first; `place` puts each on its devices.
+
+    Args:
+        dtype: of all of them.
+        also: further tensors of the checkpoint (heads), each of one parameter with its shape; they come back in the same tree. The
+            vocabulary head is then not missed: give a config with tied embeddings.
 
     Raises one `UserError` listing every missing, unexpected, duplicate or wrongly shaped tensor.
     """
-    wanted, where = keys(cfg), {}
-    problems = []
-    for file in weight_files(folder):
-        for name in _open(file).keys():
-            if name in where:
-                problems.append(f"{name} is in {where[name].name} and in {file.name}")
-            where[name] = file
-    ignored = {n for n in where if n.endswith("rotary_emb.inv_freq") or (n == "lm_head.weight" and cfg.tie_embeddings)}
-    problems += [f"{n} is missing" for n in wanted if n not in where]
-    problems += [f"{n} is unexpected" for n in where if n not in wanted and n not in ignored]
-    for name in (n for n in wanted if n in where):
-        stored, shape = _open(where[name]).get_slice(name), _shape(cfg, wanted[name])
-        shape = shape[::-1] if wanted[name][-1] == "kernel" else shape
-        if tuple(stored.get_shape()) != shape:
-            problems.append(f"{name} has shape {stored.get_shape()}, config.json says {list(shape)}")
-        if stored.get_dtype() not in STORED:
-            problems.append(f"{name} is stored as {stored.get_dtype()}; read are {', '.join(STORED)}")
-    if problems:
-        raise UserError(f"{folder}: the weights do not fit config.json:\n  " + "\n  ".join(problems[:20])
-                        + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""))
-    return build(_stream(wanted, where, place))
+    kind = family(folder)
+    checkpoint, shapes, found = _found(folder, kind, cfg, also)
+    if cfg.tie_embeddings and not also:
+        _check_tie(checkpoint, kind, found)
+    entries = [(entry, number) for entry in (*kind.entries(cfg), *also) for number in range(len(entry.paths))]
+    entries.sort(key=lambda e: -math.prod(shapes[e[0].paths[e[1]]]))
+    wide = np.dtype(tensors.DTYPES[{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]])
 
+    def stream() -> Iterator[tuple[ParamPath, Any]]:
+        for entry, number in entries:
+            shape = shapes[entry.paths[number]]
+            read = _reader(checkpoint, found[entry.key], entry, number, shapes, cfg.head_dim, wide)
+            yield entry.paths[number], place(entry.paths[number], shape, wide, read)
 
-def _stream(wanted: dict[str, ParamPath], where: dict[str, Path], place: Place) -> Iterator[tuple[ParamPath, Any]]:
-    for name, path in wanted.items():
-        array = _open(where[name]).get_tensor(name).astype(np.float32)
-        yield path, place(path, np.ascontiguousarray(array.T) if path[-1] == "kernel" else array)
+    return build(stream())
 
 
 def build(items: Iterator[tuple[ParamPath, Any]]) -> decoder.Params:
@@ -118,36 +88,73 @@ def build(items: Iterator[tuple[ParamPath, Any]]) -> decoder.Params:
     return tree
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: model.safetensors, or those its index names, or all. Names in an index cannot leave the folder."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    if not index.exists():
-        return sorted(folder.glob("*.safetensors"))
-    files = []
-    for name in sorted(set(read_json(index).get("weight_map", {}).values())):
-        path = folder / str(name)
-        if Path(str(name)).name != name or not str(name).endswith(".safetensors"):
-            raise UserError(f"{index} names {name!r}, which is not a .safetensors file of this folder; it is not read.")
-        if not path.is_file():
-            raise UserError(f"{index} names {name}, which is not in {folder}. The download is unfinished; get it again.")
-        files.append(path)
-    if not files:
-        raise UserError(f"{index} names no files. The folder is damaged; get it again.")
-    return files
+# ------------------------------------------------------------------------------------------------------------------- reading
+def _reader(checkpoint: tensors.Checkpoint, name: str, entry: Entry, number: int, shapes: Mapping[ParamPath, Shape], head_dim: int,
+            dtype: np.dtype) -> Read:
+    """The `Read` of parameter `number` of an entry: any part of it in our layout, in memory that jax can keep."""
+    shape = shapes[entry.paths[number]]
+    pieces = table.pieces(entry, number, shapes, head_dim)
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [s.indices(size)[:2] for s, size in zip(index, shape)]
+        out = tensors.empty(tuple(end - start for start, end in bounds), dtype)
+        low, high = bounds[-1]
+        if len(shape) == 2 and not table.transposed(entry):
+            ((_, first, _),) = pieces
+            for row, block in checkpoint.blocks(name, *bounds[0], columns=(first + low, first + high)):
+                out[row - bounds[0][0]:row - bounds[0][0] + len(block)] = block
+            return out
+        for ours, first, count in pieces:  # stored rows are our last axis
+            start, end = max(ours, low), min(ours + count, high)
+            for row, block in checkpoint.blocks(name, first + start - ours, first + end - ours, bounds[0] if len(shape) == 2 else None):
+                at = row - first + ours - low
+                if len(shape) == 1:
+                    out[at:at + len(block)] = block[:, 0]
+                else:
+                    _put_columns(out[:, at:at + len(block)], block)
+        return out
+
+    return read
 
 
-def _shape(cfg: ModelConfig, path: ParamPath) -> tuple[int, ...]:
-    tree = decoder.abstract_params(cfg)
-    for key in path:
-        tree = tree[key]
-    return tree.shape
+def _put_columns(out: np.ndarray, block: np.ndarray) -> None:
+    """out [in, n] = block [n, in] transposed and cast, a cache line at a time: three times as fast as the whole at once."""
+    same = block.astype(out.dtype, copy=False)
+    word = {2: np.uint16, 4: np.uint32}[out.dtype.itemsize]
+    source, target, step = same.view(word), out.view(word), LINE // out.dtype.itemsize
+    for i in range(0, len(source), step):
+        target[:, i:i + step] = source[i:i + step].T
 
 
-def _open(file: Path):
-    try:
-        return safetensors.safe_open(file, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as e:
-        raise UserError(f"{file} is not a whole safetensors file ({e}; {file.stat().st_size:,} bytes). "
-                        "The download may be cut short; get it again.") from None
+# ------------------------------------------------------------------------------------------------------------------ checking
+def _config(folder: Path) -> tuple[dict[str, Any], Path]:
+    return read_json(folder / "config.json"), folder / "config.json"
+
+
+def _found(folder: Path, kind: families.Family, cfg: ModelConfig,
+           also: Mapping[Entry, Shape]) -> tuple[tensors.Checkpoint, dict[ParamPath, Shape], dict[str, str]]:
+    """(the folder's tensors, the shapes of our parameters, canonical key -> stored name), once they fit each other."""
+    checkpoint, entries = tensors.open_folder(folder), kind.entries(cfg)
+    shapes = table.param_shapes(cfg) | {entry.paths[0]: shape for entry, shape in also.items()}
+    wanted = {entry.key: table.stored_shape(entry, shapes) for entry in (*entries, *also)}
+    embedding = next(entry.key for entry in entries if entry.paths == (("embed", "embedding"),))
+    names = {name: kind.keys.canonical(name, wanted) for name in checkpoint.entries}
+    swapped = cfg.tie_embeddings and embedding not in names.values()  # then the head is the matrix of both, as in transformers
+    heads = {kind.keys.head, *kind.keys.heads} if cfg.tie_embeddings else set()  # which a tied model may store too
+
+    def canonical(name: str) -> str:
+        return embedding if swapped and name in heads else names[name]
+
+    return checkpoint, shapes, tensors.fit(checkpoint, wanted, lambda name: kind.ignores(name) or name in heads, canonical=canonical)
+
+
+def _check_tie(checkpoint: tensors.Checkpoint, kind: families.Family, found: Mapping[str, str]) -> None:
+    """Refuse a head beside tied embeddings that differs from them: transformers 4 drops it, 5 uses it."""
+    embedding = next(name for key, name in found.items() if key == kind.keys.prefix + kind.keys.outer[0][0] + ".weight")
+    for head in (name for name in (kind.keys.head, *kind.keys.heads) if name in checkpoint.entries and name != embedding):
+        ours, theirs = checkpoint.entries[embedding], checkpoint.entries[head]
+        same = (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        if not same or any(not np.array_equal(block.view(np.uint8), checkpoint.read(embedding, slice(row, row + len(block))).view(np.uint8))
+                           for row, block in checkpoint.blocks(head)):
+            raise UserError(f"{checkpoint.folder}: {head} differs from {embedding}, but config.json says tie_word_embeddings. "
+                            "Set it to false there to use both, or leave the head out of the file.")

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 from isara_jax.common import UserError
 from isara_jax.config import Sft
+from isara_jax.models import families
 from isara_jax.models.config import ModelConfig
 
-FAMILY = "llama"        # the one model_type that decoder.py computes
 SMALL = 1_000_000_000   # parameters below which a config keeps its own learning rate
 
 
@@ -36,17 +36,8 @@ class Published:
     config: dict[str, Any]     # fields of the hub's config.json, as they are named there
 
     def model_config(self) -> ModelConfig:
-        """Its mathematics, as `hf.model_config` reads it from the hub's folder. Raises `UserError` for a family that is not supported."""
-        raw = self.config
-        if raw["model_type"] != FAMILY:
-            others = ", ".join(n for n in names() if find(n).config["model_type"] == FAMILY)
-            raise UserError(f"{self.name} (hub id {self.hub}): model_type {raw['model_type']!r}: family not supported yet; supported is "
-                            f"{FAMILY}. Take {others} of the paper's models, or another model of the Llama family: a folder, a .gguf file "
-                            "or a hub id.")
-        heads = raw["num_attention_heads"]
-        return ModelConfig(vocab_size=raw["vocab_size"], d_model=raw["hidden_size"], n_layers=raw["num_hidden_layers"], n_heads=heads,
-                           n_kv_heads=heads, head_dim=raw["hidden_size"] // heads, d_ff=raw["intermediate_size"],
-                           norm_eps=raw["rms_norm_eps"], tie_embeddings=raw["tie_word_embeddings"])
+        """Its mathematics, as `hf.model_config` reads it from the hub's folder."""
+        return families.find(self.config, self.path).read(self.config, self.path)
 
 
 def names() -> list[str]:
@@ -63,8 +54,7 @@ def use(config: ConfigDict, variant: str, *, also: Sequence[str] = ()) -> None:
     """Let `config` run on the model that `--config=FILE:VARIANT` names; `also` are the other variants of that file, for the message.
 
     Models of 1e9 parameters and more get the default learning rate (2e-5, safe-rlhf's for 7B models) in place of the config's own, which
-    was chosen for the small embedded model. Raises `UserError` for other names, and for a family that is not supported, before any data is
-    looked for.
+    was chosen for the small embedded model. Raises `UserError` for other names, before any data is looked for.
     """
     known = _all()
     if variant not in known:
@@ -72,10 +62,8 @@ def use(config: ConfigDict, variant: str, *, also: Sequence[str] = ()) -> None:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UserError(f"--config=FILE:ARG: {variant!r} is no variant of this config; its variants are "
                         f"{', '.join([*also, *known])}.{hint}")
-    model = known[variant]
-    model.model_config()
     config.model.name = variant
-    if model.parameters >= SMALL:
+    if known[variant].parameters >= SMALL:
         config.sft.lr = Sft().lr
 
 

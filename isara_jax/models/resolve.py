@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -20,8 +21,9 @@ TINY_CONFIG = ModelConfig(vocab_size=264, d_model=64, n_layers=2, n_heads=4, n_k
 TINY_CONTEXT = 512
 
 WHOLE_FILE = 200_000_000  # bytes; larger weight files are identified by samples of their content
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "README.md"]
 IGNORED = ["original/*", "onnx/*", "openvino/*", "consolidated*"]
+CONVERTER, CONVERTED = "SFconvertbot", "Adding `safetensors` variant of this model"  # who converts weights on the hub, and under what title
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Source:
         64 KiB at even distances, which tells fine-tuned siblings apart without reading 100 GB.
         """
         if self.kind == "tiny":
-            return content_hash("tiny-random", repr(TINY_CONFIG))
+            return content_hash("tiny-random", "2")
         if self.kind != "hf":
             return content_hash(_fingerprint(self.path))
         files = _hf_files(self.path)
@@ -109,11 +111,21 @@ def _local(path: Path, name: str) -> Source:
 
 
 def _check_folder(folder: Path) -> None:
-    if not list(folder.glob("*.safetensors")):
-        pickled = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")] if folder.is_dir() else []
-        why = (f" Its {pickled[0]} is a pickle, which this package never opens: convert it with transformers' save_pretrained." if pickled
-               else " Download it again, with its *.safetensors files.")
-        raise UserError(f"{folder} holds no weights (*.safetensors). {_listing(folder)}{why}")
+    if list(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")) if folder.is_dir() else []
+    if bins := [name for name in pickled if name.startswith("pytorch_model") and name.endswith(".bin")]:
+        why = (f" Its {bins[0]} is a pickle, which is never opened to run a model. Convert it once, where torch is installed: "
+               f"{_conversion(str(folder))} and then take --model=NEW.")
+    elif pickled:
+        why = f" Its {pickled[0]} is a pickle, which this package never opens: convert it with transformers' save_pretrained."
+    else:
+        why = " Download it again, with its *.safetensors files."
+    raise UserError(f"{folder} holds no weights (*.safetensors). {_listing(folder)}{why}")
+
+
+def _conversion(folder: str) -> str:
+    return f"`python -m isara_jax.export --model={shlex.quote(folder)} --from_bin --out=NEW`"
 
 
 def _listing(folder: Path) -> str:
@@ -129,7 +141,7 @@ def _nearest(path: Path) -> str:
 
 
 def _hf_files(folder: Path) -> list[Path]:
-    kept = [f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".jinja") or f.name == "tokenizer.model"]
+    kept = [f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".jinja") or f.name in ("tokenizer.model", "merges.txt")]
     return sorted(kept + [f for f in [folder / "1_Pooling" / "config.json"] if f.is_file()])
 
 
@@ -171,8 +183,33 @@ def _hub(name: str, fetch: bool, say: Callable[[str], None]) -> Path:
         raise _not_found(name, _explain(name, e)) from None
     if not (folder / "config.json").is_file():
         raise UserError(f"{name} on the hub has no config.json, so it is no model in the transformers format. {_listing(folder)}")
-    _check_folder(folder)
-    return folder
+    return folder if _whole(folder) else _converted(name, folder, say)
+
+
+def _converted(name: str, folder: Path, say: Callable[[str], None]) -> Path:
+    """The snapshot of the pull request in which the hub's converter added safetensors to a repository that has none.
+
+    `folder` is the snapshot of the repository itself. Raises `UserError` where nobody converted it.
+    """
+    from huggingface_hub import HfApi, errors
+
+    tried = "The hub's converter has added none to it either."
+    try:
+        found = [d for d in HfApi().get_repo_discussions(name, author=CONVERTER, discussion_type="pull_request")
+                 if d.is_pull_request and d.author == CONVERTER and d.title == CONVERTED]
+        for request in sorted(found, key=lambda d: -d.num):
+            say(f"{name} has no safetensors; those that {CONVERTER} made of its weights are taken: {request.git_reference} …")
+            if _whole(made := _snapshot(name, revision=request.git_reference)):
+                return made
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as e:
+        tried = f"Whether the hub's converter has added some cannot be told: {_explain(name, e)}"
+    raise UserError(f"{name} on the hub holds no weights as *.safetensors. {tried} {_listing(folder)} If it ships pytorch_model.bin: "
+                    f"`hf download {name}` prints a folder; convert it once, where torch is installed: {_conversion('FOLDER')} and "
+                    "then take --model=NEW.")
+
+
+def _whole(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and bool(list(folder.glob("*.safetensors")))
 
 
 def _cached(name: str) -> Path | None:
@@ -186,10 +223,20 @@ def _cached(name: str) -> Path | None:
                         f"({', '.join(published.names())}), nor a hub id (owner/name).{_suggest(name)}") from None
     except (errors.LocalEntryNotFoundError, OSError):
         return None
-    return folder if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")) else None
+    return folder if _whole(folder) else _cached_conversion(folder.parents[1])
 
 
-def _snapshot(name: str, **where: bool) -> Path:
+def _cached_conversion(repository: Path) -> Path | None:
+    """The converted weights of a repository's cache folder, where a pull request with some was downloaded; the newest of several."""
+    numbers = [int(f.name) for f in (repository / "refs" / "refs" / "pr").glob("*") if f.name.isdecimal()]
+    for number in sorted(numbers, reverse=True):
+        commit = (repository / "refs" / "refs" / "pr" / str(number)).read_text(encoding="utf-8").strip()
+        if Path(commit).name == commit and _whole(folder := repository / "snapshots" / commit):
+            return folder
+    return None
+
+
+def _snapshot(name: str, **where: Any) -> Path:
     import huggingface_hub
 
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=PATTERNS, ignore_patterns=IGNORED, **where))

@@ -16,7 +16,7 @@ from isara_jax.config import Sft
 def optimizer(sft: Sft) -> optax.GradientTransformation:
     """Clip to `sft.clip`, Adam, decoupled weight decay (Loshchilov and Hutter 2019): updates for a learning rate of -1.
 
-    Norm scales are not decayed, as in Hugging Face's Trainer and safe-rlhf.
+    Norm scales and biases are not decayed, as in Hugging Face's Trainer and safe-rlhf.
     """
     return optax.chain(
         optax.clip_by_global_norm(sft.clip),
@@ -26,7 +26,7 @@ def optimizer(sft: Sft) -> optax.GradientTransformation:
 
 
 def _decays(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
 def learning_rate(sft: Sft, step: int, steps: int) -> float:
