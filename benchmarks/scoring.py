@@ -65,32 +65,6 @@ def ours(lm, requests: list[tuple[str, str]]) -> dict:
                    "prefix": len(planned.prefix)}
 
 
-def write_folder(lm, folder: Path) -> None:
-    """The model as a Hugging Face folder (float32 safetensors, tokenizer.json), for the peer to read."""
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    from isara_jax.models import hf
-
-    def stored(path):
-        array = lm.params
-        for key in path:
-            array = array[key]
-        return np.ascontiguousarray(np.asarray(array).T if path[-1] == "kernel" else np.asarray(array))
-
-    cfg, eos = lm.cfg, "<|im_end|>"
-    save_file({name: stored(path) for name, path in hf.keys(cfg).items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=cfg.vocab_size, hidden_size=cfg.d_model,
-                  num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_kv_heads,
-                  head_dim=cfg.head_dim, intermediate_size=cfg.d_ff, rms_norm_eps=cfg.norm_eps, hidden_act="silu",
-                  tie_word_embeddings=cfg.tie_embeddings, rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-                  max_position_embeddings=lm.context, eos_token_id=lm.tokenizer.eos_id)
-    (folder / "config.json").write_text(json.dumps(config))
-    special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
-    lm.tokenizer.save(folder)
-
-
 # --------------------------------------------------------------------------------------------------------------------------- peer
 def peer(folder: Path) -> None:
     """In a process of its own: reads requests.json of the folder, writes results.json beside it."""
@@ -125,8 +99,8 @@ def peer(folder: Path) -> None:
 def main(data: Path, count: int) -> None:
     import jax
 
+    from isara_jax import export, preflight
     from isara_jax import lm as lm_lib
-    from isara_jax import preflight
     from isara_jax.evals.forms import PRIMER
 
     file = next(f for f in (data / "mc_task.json", data / "truthfulqa" / "mc_task.json") if f.exists())
@@ -139,8 +113,8 @@ def main(data: Path, count: int) -> None:
         mine[form] = ours(lm, requests)
         print(f"ours, {form}: {mine[form]['seconds']:.1f} s", file=sys.stderr)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_folder(lm, folder)
+        folder = Path(name) / "model"
+        export.export(folder, model=MODEL, say=lambda line: None)
         asked = {"questions": list(dict.fromkeys(row["question"] for row in rows)), "forms": forms,
                  "subset": {"primer": len(requests_of(rows[:4], "")), "plain": len(requests_of(rows[:24], ""))}}
         (folder / "requests.json").write_text(json.dumps(asked))

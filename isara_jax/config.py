@@ -81,7 +81,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Retrieval:
-    encoder: str = runtime("minilm-l6")  # embedded name, hub id or folder of a sentence encoder; identified by the hash of its content
+    encoder: str = runtime("minilm-l6")  # embedded name, hub id or folder of a sentence encoder, or own: the starting model's pooled states
     strategy: str = "knn"          # knn, random or mmr (maximal marginal relevance)
     k: int = 5                     # exemplars in a prompt; -1 derives it: 5, or as many as fit
     mmr_lambda: float = 0.7        # mmr: weight of relevance against diversity (1 is knn); Carbonell and Goldstein 1998

@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--iteration", metavar="T", help="of --workdir: last (default), best (lowest held-out loss) or a number")
     parser.add_argument("--model", metavar="MODEL", help="a folder, a .gguf file, a name or a hub id, to be converted")
     parser.add_argument("--from_bin", action="store_true", help="--model is a folder that ships pytorch_model.bin alone (needs torch)")
+    parser.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter in PEFT's format, merged into --model")
     parser.add_argument("--out", metavar="FOLDER", help="the folder to be written: new, or empty")
     parser.add_argument("--dtype", choices=tuple(save.STORED), help="of all tensors; left out, each keeps the dtype it is stored in")
     parser.add_argument("--shard_size", metavar="SIZE", default=SHARD, help=f"most bytes of a weight file, as in 500MB (default {SHARD})")
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = "python -m isara_jax.export " + shlex.join(sys.argv[1:] if argv is None else argv)
     try:
         made = export(args.out, workdir=args.workdir, iteration=args.iteration, model=args.model, bins=args.from_bin,
+                      adapter=args.adapter,
                       dtype=args.dtype or "", shard_size=args.shard_size, repository=args.push, command=command)
         for line in made.next:
             print(line)
@@ -92,7 +94,7 @@ class Made:
 
 
 def export(out: str | Path | None, *, workdir: str | Path | None = None, iteration: str | None = None, model: str | None = None,
-           bins: bool = False, dtype: str = "", shard_size: str = SHARD, repository: str | None = None, command: str = "",
+           bins: bool = False, adapter: str | Path | None = None, dtype: str = "", shard_size: str = SHARD, repository: str | None = None, command: str = "",
            say: Callable[[str], None] = print) -> Made:
     """Write an iteration of `workdir`, or `model`, into the folder `out`, and push it where a repository is named.
 
@@ -106,6 +108,8 @@ def export(out: str | Path | None, *, workdir: str | Path | None = None, iterati
         raise UserError("--out is missing: name the folder to be written, for example --out=exported.")
     if iteration and not workdir:
         raise UserError(f"--iteration={iteration} is one of a run, and no --workdir is named.")
+    if adapter and not model:
+        raise UserError(f"--adapter={adapter} is merged into a model, and no --model is named. What a run trained is merged already.")
     if bins and not model:
         raise UserError("--from_bin converts the folder that --model names, and none is named.")
     most, out = _bytes(shard_size), Path(os.path.abspath(Path(out).expanduser()))
@@ -115,9 +119,9 @@ def export(out: str | Path | None, *, workdir: str | Path | None = None, iterati
     with contextlib.ExitStack() as stack:
         if bins:
             held = stack.enter_context(_converted(Path(model).expanduser(), out, say))
-            job = _of_model(str(held), model)
+            job = _of_model(str(held), model, adapter)
         else:
-            job = _of_run(str(workdir), iteration) if workdir else _of_model(model, model)
+            job = _of_run(str(workdir), iteration) if workdir else _of_model(model, model, adapter)
         made = _write(job, out, dtype, most, command, say)
     if repository:
         say(f"pushed: {publish.push(out, repository)}")
@@ -133,6 +137,7 @@ class Job:
         source: whose files it is made of, under the name people know.
         config, workdir, iteration: of a run; None where a model is converted.
         template: the form that a run trained; None where a model is converted.
+        adapter: the folder of a LoRA adapter to be merged; None where there is none.
     """
 
     source: Source
@@ -141,18 +146,21 @@ class Job:
     workdir: Workdir | None = None
     iteration: int | None = None
     template: Template | None = None
+    adapter: str | Path | None = None
 
     @property
     def said(self) -> str:
         """The model in words."""
-        return f"iteration {self.iteration} of {self.workdir.root}" if self.workdir else self.source.name
+        if self.workdir:
+            return f"iteration {self.iteration} of {self.workdir.root}"
+        return f"{self.source.name} with the adapter {self.adapter}" if self.adapter else self.source.name
 
 
-def _of_model(name: str, shown: str) -> Job:
+def _of_model(name: str, shown: str, adapter: str | Path | None) -> Job:
     if trained.run_folder(str(Path(name).expanduser())):
         raise UserError(f"--model={name} is the workdir of a run: name it as --workdir={name}.")
     blueprint = lm_lib.describe(name)
-    return Job(Source(blueprint.source.kind, blueprint.source.path, shown), blueprint)
+    return Job(Source(blueprint.source.kind, blueprint.source.path, shown), blueprint, adapter=adapter)
 
 
 def _of_run(name: str, asked: str | None) -> Job:
@@ -251,7 +259,7 @@ def _load(job: Job, plan: save.Layout) -> LM:
     if job.workdir is None:
         held = save.held(blueprint.source)
         compute = held if held == save.widest(plan) == "bfloat16" else "float32"
-        return lm_lib.load(blueprint.source.name, compute, blueprint=blueprint, weights=held)
+        return lm_lib.load(blueprint.source.name, compute, blueprint=blueprint, weights=held, adapter=job.adapter or "")
     mesh, abstract = make_mesh(), decoder.abstract_params(blueprint.cfg)
     like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, "float32", sharding=place), abstract,
                         param_shardings(abstract, mesh))

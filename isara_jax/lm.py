@@ -24,7 +24,7 @@ from isara_jax.decode.engine import EngineConfig, prepare
 from isara_jax.decode.generate import Request, generate
 from isara_jax.decode.score import score
 from isara_jax.models import adapter as adapter_lib
-from isara_jax.models import assets, decoder, gguf, hf, lora, published, resolve
+from isara_jax.models import assets, decoder, gguf, heads, hf, lora, published, resolve
 from isara_jax.models.config import ModelConfig
 from isara_jax.models.layers import causal_attention
 from isara_jax.models.place import placer
@@ -234,6 +234,7 @@ def describe(name: str, *, context: int = 0, shape_only: bool = False) -> Bluepr
         note = (f"{name} (hub id {shape.hub}) is not on this machine: its shape is the published one, and token counts are estimates made "
                 f"with {counter}")
     else:
+        heads.check_language_model(source.path)
         cfg, own, tokenizer = hf.model_config(source.path), hf.context_length(source.path), tokenizer_lib.from_folder(source.path)
     if context > own:
         raise UserError(f"config.model.context={context} is longer than the {own} tokens of {name}; set it to at most {own}, or 0.")

@@ -25,6 +25,8 @@ def show(session: Session, runs: int = 1) -> None:
     """
     setting = session.setting()
     rows = session.method.question_prompts(setting, 1, session.train_seeds, PROMPTS)
+    if not session.embedder.ready:
+        session.console.note("retrieval.encoder=own needs the model's weights: another encoder chose the exemplars of these prompts")
     count = lambda segments: len(session.blueprint.tokenizer.encode_segments(segments))
     for number, row in enumerate(rows, 1):
         session.console.note(f"--- prompt {number} of {session.config.generate.requests}: {len(row['exemplars'])} exemplars, "

@@ -155,8 +155,9 @@ def make_embedder(config: Config, blueprint: Blueprint, mesh: Mesh) -> Embedder:
     if config.retrieval.encoder != OWN:
         return Embedder.from_source(config.retrieval.encoder)
     tokenizer = blueprint.tokenizer
-    return Embedder.from_model(blueprint.cfg, functools.partial(tokenizer.encode, bos=True), tokenizer.bos_id if tokenizer.adds_bos else None,
-                               blueprint.context, content_hash(blueprint.source.content_hash(), tokenizer.hash), mesh)
+    first = tokenizer.bos_id if tokenizer.adds_bos else None
+    return Embedder.from_model(blueprint.cfg, functools.partial(tokenizer.encode, bos=True), first, blueprint.context,
+                               content_hash(blueprint.source.content_hash(), tokenizer.hash), mesh)
 
 
 def make_template(config: Config, blueprint: Blueprint) -> Template:

@@ -127,6 +127,12 @@ def test_scanned_layers_of_different_kinds_are_the_layers_apart(remat):
     np.testing.assert_allclose(logits(decoder.stack_layers(params), RICH, remat=remat), logits(params, RICH), rtol=1e-5, atol=1e-6)
 
 
+def test_padding_behind_the_last_learned_position_stays_finite():
+    cfg = dataclasses.replace(CFG, pattern=(LayerKind(None),), positions=8, position_offset=2)  # room for six tokens
+    params, wide = filled(cfg), np.pad(TOKENS, ((0, 0), (0, 4)))
+    np.testing.assert_allclose(logits(params, cfg, wide)[:, :6], logits(params, cfg), rtol=1e-5, atol=1e-5)
+
+
 def test_a_window_of_three_sees_three_keys():
     cfg = dataclasses.replace(CFG, n_layers=1, pattern=(LayerKind(Rope(500.0), window=3),))
     params, changed = decoder.init_params(cfg, 0), TOKENS.copy()

@@ -62,11 +62,11 @@ def test_the_python_example_fits_the_interface():
     tree = ast.parse(re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)[1])
     called = 0
     for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)):
-        owner = {"isara_jax": isara_jax, "lm": isara_jax.LM}[ast.unparse(call.func.value).split(".")[-1]]
+        owner = {"isara_jax": isara_jax, "lm": isara_jax.LM, "judge": isara_jax.Scorer}[ast.unparse(call.func.value).split(".")[-1]]
         bound = inspect.signature(getattr(owner, call.func.attr))
-        bound.bind(*([None] if owner is isara_jax.LM else []), *call.args, **{k.arg: k.value for k in call.keywords})
+        bound.bind(*([None] if owner is not isara_jax else []), *call.args, **{k.arg: k.value for k in call.keywords})
         called += 1
-    assert called == 8
+    assert called == 10
 
 
 def test_extras_are_those_of_the_package():

@@ -95,7 +95,8 @@ def forward(params: Params, cfg: ModelConfig, tokens_BT: jax.Array, positions_BT
     if "project_in" in params:
         x_BTD = matmul(x_BTD, params["project_in"]["kernel"])
     if cfg.positions:
-        x_BTD = x_BTD + jnp.take(params["positions"]["embedding"], positions_BT + cfg.position_offset, axis=0).astype(jnp.float32)
+        places = positions_BT + cfg.position_offset  # of padding, perhaps behind the last row: not NaN, which zero weights do not hide
+        x_BTD = x_BTD + jnp.take(params["positions"]["embedding"], places, axis=0, mode="clip").astype(jnp.float32)
     layers, kinds = params["layers"], _Kinds(cfg, positions_BT)
 
     def block(layer_params, x, state, layer):

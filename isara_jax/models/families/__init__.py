@@ -16,8 +16,8 @@ from isara_jax.models.families import gemma, gpt, llama
 from isara_jax.models.families.fields import Fields
 from isara_jax.models.families.table import Entry, Keys
 
-# Tensors that checkpoints of old releases carry and that are no parameters: rotary frequencies and causal masks.
-BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias)|position_ids)$")
+# Tensors that are no parameters: rotary frequencies and causal masks of old releases, the moments of score models (see models/heads.py).
+BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias)|position_ids)$|^normalizer\.(mean|var|count)$")
 VISION = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
