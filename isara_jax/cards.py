@@ -51,14 +51,14 @@ def dataset_card(session: Session, pool: Sequence[Record], history: Sequence[dic
 def model_card(session: Session, before: dict[str, Any], history: Sequence[dict[str, Any]], reason: str,
                evaluation: dict[str, Any] | None) -> str:
     """The tuned model: base, data, settings, held-out loss, the table of all arms and the verdict."""
-    config, sft = session.config, to_dict(session.config.sft)
+    config = session.config
     seeds = "its seeds" if config.sensitive else session.seed_set.path
     lines = [f"# {_inert(session.blueprint.source.name)}, aligned with ISARA", "",
              f"Fine-tuned on {_inert(seeds)} and on pairs that the model itself generated from them. {NOT_CHECKED}", "",
              f"- starting model: {_inert(session.blueprint.source.name)} (content hash {session.resolved['model']}), "
              + ("already instruction-tuned" if session.blueprint.tokenizer.chat_template else "not instruction-tuned"),
              f"- form: {config.model.form}; dtype of compute: {session.dtype}; seed {config.seed}",
-             f"- fine-tuning: {', '.join(f'{k} {v}' for k, v in sft.items())}", f"- stopped: {reason}", "",
+             f"- fine-tuning: {_fine_tuning(config)}", f"- stopped: {reason}", "",
              *_provenance(session.train_seeds), "",
              "| iteration | pairs in the pool | held-out loss (nats per answer token) |", "|---|---|---|",
              f"| 0 (starting model) | {len(session.train_seeds)} | {_loss(before)} |",
@@ -146,9 +146,8 @@ def _of_run(exported: Exported, config: Config) -> list[str]:
         counts = collections.Counter(r.origin for r in pool if r.iteration == t)
         requests = next((h["requests"] for h in history if h["iteration"] == t and t), "-")
         lines += [f"| {t} | {origin} | {n} | {requests} |" for origin, n in sorted(counts.items())]
-    sft = ", ".join(f"{k} {v}" for k, v in to_dict(config.sft).items())
     lines += [f"| all | | {len(pool)} | |", "", *_provenance(pool), "", "## Training", "",
-              f"- form: {config.model.form}; dtype of compute: {config.model.dtype}; seed {config.seed}", f"- fine-tuning: {sft}",
+              f"- form: {config.model.form}; dtype of compute: {config.model.dtype}; seed {config.seed}", f"- fine-tuning: {_fine_tuning(config)}",
               *(f"- held-out loss, iteration {h['iteration']}{'' if h['iteration'] else ' (starting model)'}: {_loss(h)} nats per answer "
                 "token" for h in history), "", "## Evaluation", ""]
     found = [made for split in ("test", "dev") if (made := _object(exported.workdir.evaluation / split / "results.json"))]
@@ -172,6 +171,13 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- pieces
+def _fine_tuning(config: Config) -> str:
+    """The settings of the fine-tuning in words; those that are switched off are left out."""
+    settings = {k: v for k, v in to_dict(config.sft).items() if k not in ("rates", "lora") or k == "rates" and v}
+    adapters = f", adapters ({', '.join(f'{k} {v}' for k, v in to_dict(config.sft.lora).items())})" if config.sft.lora.rank else ""
+    return ", ".join(f"{k} {v}" for k, v in settings.items()) + adapters
+
+
 def _provenance(records: Sequence[Record]) -> list[str]:
     return [f"- {field} of the seeds: " + ", ".join(sorted({_inert(getattr(r, field)) for r in records if r.origin == "seed"}))
             for field in ("author", "source", "licence")]

@@ -156,7 +156,7 @@ class Job:
         return f"{self.source.name} with the adapter {self.adapter}" if self.adapter else self.source.name
 
 
-def _of_model(name: str, shown: str, adapter: str | Path | None) -> Job:
+def _of_model(name: str, shown: str, adapter: str | Path | None = None) -> Job:
     if trained.run_folder(str(Path(name).expanduser())):
         raise UserError(f"--model={name} is the workdir of a run: name it as --workdir={name}.")
     blueprint = lm_lib.describe(name)

@@ -24,7 +24,7 @@ from isara_jax.config import from_dict
 from isara_jax.data import chat_templates
 from isara_jax.data.prompts import show
 from isara_jax.data.tokenizer import ByteTokenizer
-from isara_jax.models import save, tensors
+from isara_jax.models import adapter, families, save, tensors
 from isara_jax.session import make_template
 
 torch = pytest.importorskip("torch")
@@ -235,6 +235,23 @@ def test_folders_of_token_ids_alone_come_back_byte_for_byte(tmp_path, family):
     rows = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]]
     source, copy = peer([tmp_path / "a", tmp_path / "b"], rows=rows)
     assert source["logits"] == copy["logits"] and copy["problems"] == {}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_an_adapter_is_merged_on_the_way(tmp_path, family):
+    """As `isara_jax.load` merges it, and as its definition says: kernel + alpha / rank * a @ b."""
+    hf_models.make(family, tmp_path / "a")
+    plain, kind = isara_jax.load(str(tmp_path / "a"), "float32"), families.FAMILIES[family]
+    rng, D = np.random.default_rng(0), plain.cfg.d_model
+    low = adapter.LowRank(rng.standard_normal((D, 3)).astype(np.float32), rng.standard_normal((3, plain.cfg.d_ff)).astype(np.float32), 6.0)
+    adapter.save(tmp_path / "lora", {("layers", "1", "mlp", "up"): low}, plain.cfg, kind, base="a")
+    export.export(tmp_path / "b", model=str(tmp_path / "a"), adapter=str(tmp_path / "lora"), say=lambda line: None)
+    copy, loaded = isara_jax.load(str(tmp_path / "b"), "float32"), isara_jax.load(str(tmp_path / "a"), "float32", adapter=tmp_path / "lora")
+    up = lambda lm, i: np.asarray(lm.params["layers"][i]["mlp"]["up"]["kernel"])
+    np.testing.assert_allclose(up(copy, "1"), up(plain, "1") + 2.0 * low.a @ low.b, rtol=1e-4, atol=1e-5)
+    assert np.array_equal(up(copy, "0"), up(plain, "0")) and np.array_equal(up(copy, "1"), up(loaded, "1"))
+    with pytest.raises(UserError, match="no --model is named"):
+        export.export(tmp_path / "c", workdir=tmp_path, adapter=tmp_path / "lora")
 
 
 def test_the_tiny_model_and_gguf_files_become_folders_in_float32(tmp_path, smollm2_gguf):

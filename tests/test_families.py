@@ -147,6 +147,21 @@ def test_patterns_of_layers(raw, pattern):
     assert read(raw).pattern == tuple(pattern)
 
 
+def test_a_llama_takes_no_notice_of_a_sliding_window(tmp_path):
+    model, tokens = make("llama", tmp_path, sliding_window=4), tokens_of(96)
+    np.testing.assert_allclose(logits(*load(tmp_path), tokens), expected_logits(model, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("share, rotated", [(0.4, 3), (0.9, 7)])
+def test_an_odd_number_of_rotated_values_rotates_one_more(tmp_path, share, rotated):
+    """Three of eight: the exponents of the frequencies are thirds, and two pairs turn."""
+    rope = {"rope_type": "linear", "factor": 3.0, "rope_theta": 700.0, "partial_rotary_factor": share}
+    model, tokens = make("gpt_neox", tmp_path, rope_parameters=rope), tokens_of(96)
+    cfg, params = load(tmp_path)
+    assert cfg.rotary_dim == rotated
+    np.testing.assert_allclose(logits(cfg, params, tokens), expected_logits(model, tokens), atol=1e-4)
+
+
 def test_the_context_ends_where_transformers_would_change_the_frequencies():
     raw = {"model_type": "phi3", "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "hidden_size": 32,
            "num_attention_heads": 4, "rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}}
@@ -204,7 +219,6 @@ def test_a_written_llama_reads_back_the_same(rope):
     ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, r"short_factor=\[1.0\] where a list of 2 numbers"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}},
      "high_freq_factor=1.0 .supported: above low_freq_factor=4.0"),
-    ({"sliding_window": 128}, "sliding_window=128 .supported: None"),
     ({"quantization_config": {"bits": 4}}, "quantization_config: quantised checkpoints"),
     ({"is_encoder_decoder": True}, "is_encoder_decoder=True .supported: False"),
     ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention=True"),
@@ -212,12 +226,13 @@ def test_a_written_llama_reads_back_the_same(rope):
     ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, "layer_types with linear_attention"),
     ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "there is no sliding_window"),
     ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "layer_types=.*supported: None or"),
-    ({"model_type": "gpt_neox", "rotary_pct": 0.3}, "1 of 4 values of a head are rotated"),
+    ({"model_type": "gpt_neox", "rotary_pct": 0.3, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "1 of 4 values of a head are rotated"),
+    ({"model_type": "gpt_neox", "rotary_pct": 0.2}, "0 of 4 values of a head are rotated"),
     ({"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_parameters not by layer type"),
     ({"model_type": "olmo3", "rope_theta": 5.0, "layer_types": [SLIDING, FULL]}, "transformers 4 and 5 read it differently"),
     ({"model_type": "gemma", "hidden_activation": "relu"}, "hidden_activation='relu' beside hidden_act"),
     ({"num_attention_heads": 5}, "hidden_size=16 is not a multiple of num_attention_heads=5"),
-    ({"num_key_value_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
+    ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
     ({"head_dim": 5}, "5 of 5 values of a head are rotated"),
     ({"model_type": "gemma3", "text_config": "large"}, "text_config is 'large', not an object"),
     ({"model_type": "smollm3", "no_rope_layers": [1]}, r"no_rope_layers=\[1\] where a list of 2"),
@@ -255,5 +270,5 @@ def test_fields_of_a_wrong_kind_are_named(changes):
 
 def test_all_that_is_wrong_is_said_at_once():
     with pytest.raises(UserError) as caught:
-        read(TINY | {"hidden_act": "mish", "sliding_window": 3, "vocab_size": "x", "rms_norm_eps": []})
-    assert all(part in str(caught.value) for part in ("hidden_act='mish'", "sliding_window=3", "vocab_size='x'", "rms_norm_eps=[]"))
+        read(TINY | {"hidden_act": "mish", "partial_rotary_factor": 0.5, "vocab_size": "x", "rms_norm_eps": []})
+    assert all(part in str(caught.value) for part in ("hidden_act='mish'", "partial_rotary_factor=0.5", "vocab_size='x'", "rms_norm_eps=[]"))

@@ -125,15 +125,17 @@ class ModelConfig:
         ropes = {kind.rope for kind in self.pattern if kind.rope}
         if len({rope.fraction for rope in ropes}) > 1:
             raise ValueError("the rotary embeddings of all layers rotate the same share of the head width (fraction)")
-        if self.rotary_dim % 2:
+        if self.rotary_dim + self.rotary_dim % 2 > self.head_dim:
             raise ValueError(f"{self.rotary_dim} of head_dim={self.head_dim} are rotated; rotary embeddings need pairs")
         for rope in ropes:
+            if rope.scaling in ("yarn", "factors") and self.rotary_dim % 2:
+                raise ValueError(f"{self.rotary_dim} of head_dim={self.head_dim} are rotated; {rope.scaling} needs an even number")
             if rope.factors and len(rope.factors) != self.rotary_dim // 2:
                 raise ValueError(f"{len(rope.factors)} rope factors; {self.rotary_dim // 2} are needed, one for each rotated pair")
 
     @property
     def rotary_dim(self) -> int:
-        """Width of a head that is rotated; 0 without rotary embeddings."""
+        """Width of a head that is rotated; 0 without rotary embeddings. One more is rotated where it is odd, for the sake of pairs."""
         return next((int(self.head_dim * kind.rope.fraction) for kind in self.pattern if kind.rope), 0)
 
     @property

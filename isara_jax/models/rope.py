@@ -11,7 +11,7 @@ from isara_jax.models.config import Rope
 
 
 def frequencies(rope: Rope, width: int) -> np.ndarray:
-    """Radians per position of each rotated pair, float32 [width / 2]; `width` is the rotated part of a head."""
+    """Radians per position of each rotated pair, float32 [width / 2, rounded up]; `width` is the rotated part of a head."""
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     powers = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
     if rope.scaling == "factors":
@@ -47,9 +47,9 @@ def _yarn(rope: Rope, plain: np.ndarray, width: int) -> np.ndarray:
 
 
 def turn(rope: Rope | None, width: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each [B, T, 1, width / 2] float32, times the gain; without a rope the ones and zeros that rotate nothing."""
+    """(cos, sin), each [B, T, 1, width / 2, rounded up] float32, times the gain; without a rope the ones and zeros that rotate nothing."""
     if rope is None:
-        shape = (*positions_BT.shape, 1, width // 2)
+        shape = (*positions_BT.shape, 1, (width + 1) // 2)
         return jnp.ones(shape), jnp.zeros(shape)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies(rope, width)
     gain = np.float32(rope.gain)

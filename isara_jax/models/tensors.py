@@ -150,7 +150,8 @@ def weight_files(folder: Path) -> list[Path]:
     files = []
     for name in sorted(set(_weight_map(folder).values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index} names {name!r}, which is not a .safetensors file of this folder; it is not read.")
+            raise UserError(f"{index} names {name!r}, which is not a .safetensors file of this folder; it is not read. "
+                            "Get the folder again.")
         if not (folder / name).is_file():
             raise UserError(f"{index} names {name}, which is not in {folder}. The download is unfinished; get it again.")
         files.append(folder / name)
@@ -166,7 +167,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise UserError(f"{index}: weight_map is a {type(named).__name__}, not an object. The folder is damaged; get it again.")
     for file in named.values():
         if not isinstance(file, str):
-            raise UserError(f"{index} names {file!r}, which is not a .safetensors file of this folder; it is not read.")
+            raise UserError(f"{index} names {file!r}, which is not a .safetensors file of this folder; it is not read. "
+                            "Get the folder again.")
     return named
 
 
@@ -200,7 +202,8 @@ def fit(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], ignored: 
         if stored.dtype not in FLOATS:
             problems.append(f"{name} is stored as {stored.dtype}; read are {', '.join(FLOATS)}")
     if problems:
-        raise UserError(f"{checkpoint.folder}: the weights do not fit {says}:\n  " + "\n  ".join(problems[:LISTED])
+        raise UserError(f"{checkpoint.folder}: the weights do not fit {says}: one is of another model, or damaged. Get the folder "
+                        "again.\n  " + "\n  ".join(problems[:LISTED])
                         + (f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""))
     return found
 

@@ -51,8 +51,11 @@ def shape(f: Fields, activation: str = "hidden_act") -> tuple[dict[str, Any], in
     head_dim = f.whole("head_dim", null=f.defaults["head_dim"] is None)
     if head_dim is None and width % heads:
         f.wrong.append(f"hidden_size={width} is not a multiple of num_attention_heads={heads}, and there is no head_dim")
+    kv_heads = f.whole("num_key_value_heads", null=True) or heads
+    if heads % kv_heads:
+        f.wrong.append(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
     return {"vocab_size": f.whole("vocab_size"), "d_model": width, "n_layers": f.whole("num_hidden_layers"), "n_heads": heads,
-            "n_kv_heads": f.whole("num_key_value_heads", null=True) or heads, "head_dim": head_dim or max(1, width // heads),
+            "n_kv_heads": kv_heads, "head_dim": head_dim or max(1, width // heads),
             "d_ff": f.whole("intermediate_size"), "norm_eps": f.real("rms_norm_eps"), "activation": f.activation(activation),
             "tie_embeddings": f.flag("tie_word_embeddings")}, f.whole("max_position_embeddings")
 
@@ -70,8 +73,8 @@ def finish(f: Fields, kinds: list[LayerKind], context: int, **arguments: Any) ->
 
 
 def llama(f: Fields) -> Parsed:
+    """A sliding_window is not read, as in LlamaModel: every layer sees all of the text."""
     arguments, context = shape(f)
-    f.only("sliding_window", None)
     rope, longest = rotary.read(f, arguments["head_dim"], context)
     bias = f.flag("attention_bias")
     kinds = [LayerKind(rope)] * arguments["n_layers"]

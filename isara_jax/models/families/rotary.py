@@ -12,6 +12,7 @@ from isara_jax.models.config import Rope
 from isara_jax.models.families.fields import Fields
 
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ODD = ("default", "linear", "dynamic", "llama3")  # with which transformers rotates an odd number of values, and one more
 BY_LAYER = ("full_attention", "sliding_attention")
 
 
@@ -38,7 +39,8 @@ def read(f: Fields, head_dim: int, context: int, *, theta: str = "rope_theta", f
         f.unsupported.append(f"partial_rotary_factor={part!r} (supported: 1.0)")
         part = 1.0
     width = int(head_dim * part)
-    if width % 2 or not 0 < width <= head_dim:
+    odd_fits = (table.get("rope_type") or table.get("type") or "default") in ODD
+    if not 0 < width + width % 2 <= head_dim or width % 2 and not odd_fits:
         f.unsupported.append(f"{fraction or 'head_dim'}: {width} of {head_dim} values of a head are rotated "
                              "(supported: an even number of them)")
         return Rope(), context
