@@ -226,7 +226,7 @@ def test_a_written_llama_reads_back_the_same(rope):
     ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, "layer_types with linear_attention"),
     ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "there is no sliding_window"),
     ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "layer_types=.*supported: None or"),
-    ({"model_type": "gpt_neox", "rotary_pct": 0.3, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "1 of 4 values of a head are rotated"),
+    ({"model_type": "gpt_neox", "rotary_pct": 0.3, "rope_scaling": {"type": "yarn", "factor": 2}}, "1 of 4 values of a head are rotated"),
     ({"model_type": "gpt_neox", "rotary_pct": 0.2}, "0 of 4 values of a head are rotated"),
     ({"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_parameters not by layer type"),
     ({"model_type": "olmo3", "rope_theta": 5.0, "layer_types": [SLIDING, FULL]}, "transformers 4 and 5 read it differently"),

@@ -102,6 +102,14 @@ def test_what_transformers_4_cannot_be_told_is_said(tmp_path, raw, note):
     assert re.search(note, " ".join(plan_of(tmp_path / "a").notes))
 
 
+def test_a_window_that_the_model_has_not_got_is_left_out(tmp_path):
+    """transformers' LlamaModel reads none, and its cache would drop keys for it."""
+    folder_of(tmp_path / "llama", {"model_type": "llama", **SMALL, "sliding_window": 4})
+    folder_of(tmp_path / "mistral", {"model_type": "mistral", **SMALL, "sliding_window": 4})
+    assert "sliding_window" not in plan_of(tmp_path / "llama").raw
+    assert plan_of(tmp_path / "mistral").raw["sliding_window"] == 4
+
+
 def test_what_is_private_or_of_the_vision_model_is_left_out(tmp_path):
     raw = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "_name_or_path": "/home/somebody",
            "auto_map": {"a": "b"}, "text_config": {**SMALL, "layer_types": [SLIDING, FULL], "sliding_window": 4},

@@ -1,6 +1,6 @@
 """The decoder as pure functions of a parameter tree; Flax NNX modules define and initialise it.
 
-Parameters are a plain nested dict with string keys, one entry a layer (kernels are [in, out]); what stands in brackets depends on the config:
+Parameters are a plain nested dict with string keys, one entry a layer (kernels are [in, out]); what is in brackets depends on the config:
 
     embed/embedding [V, E]   [positions/embedding [P, D]]   [project_in/kernel [E, D]   project_out/kernel [D, E]]
     layers/0/{attn,mlp}[_out]_norm/{scale,[bias]} [D]       layers/0/attn/{q,k,v,o}/{kernel,[bias]}   [layers/0/attn/{q,k}_norm/scale]

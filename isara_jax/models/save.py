@@ -88,6 +88,8 @@ def layout(source: Source, cfg: ModelConfig, context: int, dtype: str = "") -> L
     made = Layout(raw, family, cfg, dtypes)
     most = max(NAMES, key=lambda kind: sum(made.size(key) for key in dtypes if dtypes[key] == kind))
     raw = {k: v for k, v in raw.items() if k not in PRIVATE}
+    if "sliding_window" not in family.defaults:  # no such model has one, but transformers' cache would forget what lies before it
+        raw.pop("sliding_window", None)
     raw |= {"architectures": [family.architecture], "model_type": family.model_type, "dtype": NAMES[most], "torch_dtype": NAMES[most]}
     rotary, notes = _rope_fields(raw, family, cfg)
     return Layout(raw | rotary, family, cfg, dtypes, tuple(notes))
