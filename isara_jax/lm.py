@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from isara_jax import preflight
 from isara_jax.common import UserError, address
+from isara_jax.data import gguf_tokenizer
 from isara_jax.data import tokenizer as tokenizer_lib
 from isara_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from isara_jax.decode.engine import EngineConfig, prepare
@@ -112,7 +113,7 @@ class LM:
     def logits(self, token_ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Next-token logits at every position: rows of T ids to float32 arrays [T, V]. Needs no tokenizer."""
         rows = [list(r) for r in token_ids]
-        self._check_rows(rows)
+        check_rows(rows, self.cfg, self.context)
         params, out = self._compute_params(), [np.zeros((0, self.cfg.vocab_size), np.float32)] * len(rows)
         size = row_devices(self.mesh)
         for batch in _batches([len(r) for r in rows], size):
@@ -131,7 +132,7 @@ class LM:
         if len(prompts) != len(continuations):
             raise UserError(f"score got {len(prompts)} prompts and {len(continuations)} continuations; give one for one.")
         pairs = [self._split(i, p, c) for i, (p, c) in enumerate(zip(prompts, continuations))]
-        self._check_rows([p + c for p, c in pairs])
+        check_rows([p + c for p, c in pairs], self.cfg, self.context)
         return score(self._compute_params(), self.cfg, self.dtype, self.mesh, pairs)
 
     def generate(self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
@@ -206,14 +207,6 @@ class LM:
             raise UserError(f"pair {i}: the {'prompt' if not pair[0] else 'continuation'} has no tokens, so there is nothing to score.")
         return pair
 
-    def _check_rows(self, rows: Sequence[Sequence[int]]) -> None:
-        for i, row in enumerate(rows):
-            if not 0 < len(row) <= self.context:
-                raise UserError(f"row {i} has {len(row)} tokens; this model takes 1 to {self.context}.")
-            if min(row) < 0 or max(row) >= self.cfg.vocab_size:
-                bad = min(row) if min(row) < 0 else max(row)
-                raise UserError(f"row {i} holds token id {bad}; ids go from 0 to {self.cfg.vocab_size - 1}.")
-
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 def describe(name: str, *, context: int = 0, shape_only: bool = False) -> Blueprint:
@@ -227,7 +220,7 @@ def describe(name: str, *, context: int = 0, shape_only: bool = False) -> Bluepr
         cfg, own, tokenizer = resolve.TINY_CONFIG, resolve.TINY_CONTEXT, ByteTokenizer()
     elif source.kind == "gguf":
         cfg, own = gguf.model_config(source.path), gguf.context_length(source.path)
-        tokenizer = tokenizer_lib.from_gguf(functools.partial(gguf.metadata, source.path), source.path)
+        tokenizer = gguf_tokenizer.from_gguf(functools.partial(gguf.metadata, source.path), source.path)
     elif source.kind == "shape":
         shape, (tokenizer, counter) = published.find(name), _stand_in()
         cfg, own = shape.model_config(), shape.context
@@ -250,7 +243,7 @@ def _stand_in() -> tuple[Tokenizer | ByteTokenizer, str]:
     """
     if folder := assets.find(STAND_IN):
         file = next(folder.glob("*.gguf"))
-        tokenizer = tokenizer_lib.from_gguf(functools.partial(gguf.metadata, file), file)
+        tokenizer = gguf_tokenizer.from_gguf(functools.partial(gguf.metadata, file), file)
         tokenizer.chat_template = None
         return tokenizer, f"the tokenizer of {STAND_IN}"
     return ByteTokenizer(), "bytes for tokens, which are about four times as many"
@@ -285,6 +278,16 @@ def load(name: str, dtype: str = "auto", *, mesh: Mesh | None = None, blueprint:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
+def check_rows(rows: Sequence[Sequence[int]], cfg: ModelConfig, context: int) -> None:
+    """Raise `UserError` for the first row of token ids that is empty, longer than the context, or holds an id outside the vocabulary."""
+    for i, row in enumerate(rows):
+        if not 0 < len(row) <= context:
+            raise UserError(f"row {i} has {len(row)} tokens; this model takes 1 to {context}.")
+        if min(row) < 0 or max(row) >= cfg.vocab_size:
+            bad = min(row) if min(row) < 0 else max(row)
+            raise UserError(f"row {i} holds token id {bad}; ids go from 0 to {cfg.vocab_size - 1}.")
+
+
 def _batches(lengths: list[int], size: int) -> list[list[int]]:
     """Row numbers in groups of at most `size`, rows of similar length together."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])

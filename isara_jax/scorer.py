@@ -15,13 +15,13 @@ from isara_jax import preflight
 from isara_jax.common import UserError
 from isara_jax.data import tokenizer as tokenizer_lib
 from isara_jax.data.tokenizer import Splits
+from isara_jax.lm import WIDTHS, check_rows
 from isara_jax.models import decoder, heads, hf, resolve
 from isara_jax.models.config import ModelConfig
 from isara_jax.models.heads import Head
 from isara_jax.models.place import placer
 from isara_jax.sharding import make_mesh, param_shardings, put_rows, row_devices
 
-WIDTHS = 64     # rows of tokens are padded to a multiple of this, so that few programs are compiled
 PROGRAM = 4096  # tokens of one call on each device, padding included
 
 Row = str | Sequence[int]
@@ -57,7 +57,7 @@ class Scorer:
         if isinstance(rows, str):
             raise UserError("logits takes a list of rows, not one string: write logits([text]).")
         ids = [self._ids(row, eos) for row in rows]
-        self._check(ids)
+        check_rows(ids, self.cfg, self.context)
         out, devices = np.zeros((len(ids), len(self.labels)), np.float32), row_devices(self.mesh)
         by_width: dict[int, list[int]] = {}
         for i, row in enumerate(ids):
@@ -93,13 +93,6 @@ class Scorer:
         if eos and self.tokenizer.eos_id is None:
             raise UserError("the tokenizer has no end-of-sequence token, so eos=True cannot be done. Give token ids.")
         return self.tokenizer.encode(row, bos=True) + ([self.tokenizer.eos_id] if eos else [])
-
-    def _check(self, rows: Sequence[Sequence[int]]) -> None:
-        for i, row in enumerate(rows):
-            if not 0 < len(row) <= self.context:
-                raise UserError(f"row {i} has {len(row)} tokens; this model takes 1 to {self.context}.")
-            if bad := [t for t in row if not 0 <= t < self.cfg.vocab_size]:
-                raise UserError(f"row {i} holds token id {bad[0]}; ids go from 0 to {self.cfg.vocab_size - 1}.")
 
 
 def load_scorer(name: str, dtype: str = "auto", mesh: Mesh | None = None) -> Scorer:

@@ -32,7 +32,7 @@ CORPUS = ["why is the sky blue", "hello there, run it and then some more", "the 
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_gguf):
-    return tokenizer_lib.from_gguf(functools.partial(gguf.metadata, smollm2_gguf), smollm2_gguf)
+    return gguf_tokenizer.from_gguf(functools.partial(gguf.metadata, smollm2_gguf), smollm2_gguf)
 
 
 def read(values):
@@ -204,7 +204,7 @@ def test_through_a_file(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    ours = tokenizer_lib.from_gguf(functools.partial(gguf.metadata, path), path)
+    ours = gguf_tokenizer.from_gguf(functools.partial(gguf.metadata, path), path)
     assert all(ours.encode(text) == model.encode(text) for text in ODD + HARD)
 
 

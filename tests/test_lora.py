@@ -1,9 +1,6 @@
 """Low-rank adapters: made, trained beside frozen weights, merged, and what a run makes of them. Their files: test_adapter.py."""
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -148,37 +145,6 @@ def test_no_gradient_of_a_kernel_is_made():
 
     weights = 4 * decoder.n_params(cfg)
     assert taken(Lora()) > 0.8 * weights and taken(Lora(rank=2)) < 0.5 * weights
-
-
-EIGHT = """
-import dataclasses, jax, numpy as np
-from isara_jax.config import Lora, Sft
-from isara_jax.data.batching import Example
-from isara_jax.models import decoder
-from isara_jax.models.config import LayerKind, ModelConfig
-from isara_jax.sft import loop
-from isara_jax.sharding import make_mesh, param_shardings
-cfg = ModelConfig(vocab_size=32, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, tie_embeddings=True)
-rng = np.random.default_rng(0)
-rows = [Example(tuple(rng.integers(0, 32, int(rng.integers(10, 90))).tolist()), 5) for _ in range(24)]
-sft, curves = Sft(epochs=2, batch=12, lr=1e-2, lora=Lora(rank=4)), []
-for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(data=8), make_mesh(data=2, fsdp=2, tensor=2)):
-    params = decoder.init_params(cfg, 0)
-    params = jax.device_put(params, param_shardings(params, mesh))
-    made = loop.fit(params, cfg, rows, sft, mesh=mesh, dtype="float32", seed=0, context=128)
-    assert jax.tree.map(lambda x: x.sharding, made.params) == jax.tree.map(lambda x: x.sharding, params)
-    total, count = loop.held_out(made.params, cfg, rows, mesh=mesh, dtype="float32", context=128, batch=12)
-    curves.append([x / n for x, n in made.losses] + [total / count])
-np.testing.assert_allclose(curves[1], curves[0], atol=1e-5)
-np.testing.assert_allclose(curves[2], curves[0], atol=1e-5)
-assert curves[0][3] < curves[0][0]
-"""
-
-
-def test_eight_devices_learn_as_one_does():
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", EIGHT], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------- runs

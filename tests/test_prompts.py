@@ -6,7 +6,7 @@ import jinja2
 import pytest
 
 from isara_jax.common import UserError
-from isara_jax.data import tokenizer
+from isara_jax.data import gguf_tokenizer
 from isara_jax.data.prompts import Template, fit, marker_warnings, show
 from isara_jax.models import gguf
 
@@ -136,7 +136,7 @@ def test_seeds_that_hold_a_marker_are_warned_of():
 
 
 def test_smollm2_with_its_own_template(smollm2_gguf):
-    made = tokenizer.from_gguf(functools.partial(gguf.metadata, smollm2_gguf), smollm2_gguf)
+    made = gguf_tokenizer.from_gguf(functools.partial(gguf.metadata, smollm2_gguf), smollm2_gguf)
     template = Template("chat", render_chat=made.render_chat)
     assert show(template.answer_segments([BATS], "Why?")) == (
         "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nAre bats blind?<|im_end|>\n<|im_start|>assistant\nNo, they see.<|im_end|>\n"

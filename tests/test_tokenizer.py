@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
 
 from isara_jax.common import UserError
+from isara_jax.data import gguf_tokenizer
 from isara_jax.data import tokenizer as tokenizer_lib
 from isara_jax.data.tokenizer import ByteTokenizer, NoTokenizer, Tokenizer
 from isara_jax.models import gguf
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_gguf):
-    return tokenizer_lib.from_gguf(functools.partial(gguf.metadata, smollm2_gguf), smollm2_gguf)
+    return gguf_tokenizer.from_gguf(functools.partial(gguf.metadata, smollm2_gguf), smollm2_gguf)
 
 
 ODD = ["", " ", "Hello world", "  two  spaces ", "tab\tand\nnewlines\n\n\n", "1234567 3.14", "naïve café", "日本語 です。", "ไทย", "👩‍👩‍👧 emoji",

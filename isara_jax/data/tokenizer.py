@@ -317,13 +317,6 @@ def from_folder(folder: Path) -> Splits:
     return NoTokenizer(declared.vocab_size, declared.eos_ids, str(folder))
 
 
-def from_gguf(metadata: Any, file: Path) -> Splits:
-    """The tokenizer in a GGUF's metadata: `gguf_tokenizer.from_gguf`."""
-    from isara_jax.data import gguf_tokenizer  # which is built on this file
-
-    return gguf_tokenizer.from_gguf(metadata, file)
-
-
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
