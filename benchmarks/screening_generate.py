@@ -13,7 +13,7 @@ from isara_jax.common import UserError, address, read_jsonl, write_jsonl
 from isara_jax.config import Config
 from isara_jax.data import splits
 from isara_jax.data.pool import Record
-from isara_jax.decode.generate import Completion, Request
+from isara_jax.decode.requests import Completion, Request
 from isara_jax.evals import diversity, evaluate, forms, stats
 from isara_jax.evals.forms import Form
 from isara_jax.lm import LM

@@ -23,7 +23,7 @@ from isara_jax.data import benchmarks, splits
 from isara_jax.data.batching import Example
 from isara_jax.data.items import Item
 from isara_jax.data.pool import Record
-from isara_jax.decode.generate import Completion, Request
+from isara_jax.decode.requests import Completion, Request
 from isara_jax.evals import evaluate, quantities, stats
 from isara_jax.evalset import load_data
 from isara_jax.lm import LM
@@ -101,8 +101,7 @@ def open_ground(data: str, root: Path) -> Ground:
     _, held = splits.seeds_and_dev(benchmark, SEEDS)
     further, dev = splits.seeds_and_dev(dataclasses.replace(benchmark, pool=held), FURTHER)
     eval_set = dataclasses.replace(eval_set, rows=dev, guarded=(*dev, *benchmark.validation, *benchmark.test))
-    settings = config.generate
-    lm = lm.with_engine(slots=settings.slots, chunk=settings.prefill_chunk, key_block=settings.key_block)
+    lm = lm.with_settings(config.generate)
     session = open_session(lm.blueprint, seed_set, eval_set, config, Workdir(root / "run"), Console(None), lm.dtype, lm.mesh)
     setting = dataclasses.replace(session.setting(), vectors=VectorStore(root / "vectors", session.embedder))
     tasks = benchmarks.open_benchmark("self_instruct", data)

@@ -32,7 +32,9 @@ from isara_jax.icl import InContext
 from isara_jax.session import make_template
 
 ANSWER_TOKENS = 256         # of an answer where no run says; half of the context where that is less
-LATENCY = {"slots": 2, "chunk": 256, "key_block": 256}  # the engine of one conversation: a prompt in few programs, no idle slots
+# The engine of one conversation: no idle slots, and short blocks, so that a turn computes little of the turns before it again. Its answers may
+# differ in rounding from those of the same model in a run.
+LATENCY = {"slots": 2, "chunk": 64, "lanes": 4, "key_block": 64, "steps": 4}
 NOT_CHECKED = "Generated answers are not fact-checked."
 HELP = """/reset  forget the conversation      /cost   tokens and seconds after each answer, on or off
 /quit   end, as Ctrl-D does          /pairs  those that stood before the last question (--icl_knn)
@@ -162,12 +164,13 @@ def _refuse_folder(name: str) -> None:
                         + (f"It holds {there}." if there else "It is empty."))
 
 
-def _load(plan: Plan, engine: dict[str, int]) -> InContext:
-    """The model with its weights, ready to be asked."""
+def _load(plan: Plan, engine: dict[str, int] | None = None) -> InContext:
+    """The model with its weights, ready to be asked; sampled as the config says, or with another engine."""
     config = plan.config
     if plan.workdir and not plan.workdir.checkpoints.is_dir():  # before a base model is read for nothing
         raise UserError(f"{plan.workdir.root} holds no parameters: no iteration of this run was finished. Continue it first.")
-    lm = lm_lib.load(config.model.name, config.model.dtype, blueprint=plan.blueprint).with_engine(**engine)
+    lm = lm_lib.load(config.model.name, config.model.dtype, blueprint=plan.blueprint)
+    lm = lm.with_engine(**engine) if engine else lm.with_settings(config.generate)
     if plan.workdir:
         lm, _ = trained.last(plan.workdir, lm)
     if plan.pairs is not None:
@@ -220,7 +223,7 @@ class Chat:
     def __init__(self, asked: InContext, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, cost: bool = False):
         self.turns: list[Turn] = []
         self._asked, self._temperature, self._top_p, self._seed, self._cost = asked, temperature, top_p, seed, cost
-        self._count, self._pairs = 0, ()
+        self._count, self._pairs, self._sampler = 0, (), asked.lm.sampler()
 
     def take(self, line: str) -> bool:
         """Answer a question, or do what a command says; False where the conversation is to end."""
@@ -270,14 +273,15 @@ class Chat:
                     check()
 
                 (made,) = self._asked.lm.run([request], seed=self._seed, on_progress=on_progress,
-                                             on_text=lambda _, text: growing.show(text))
+                                             on_text=lambda _, text: growing.show(text), sampler=self._sampler)
             text, finish, drawn = growing.end(made.text), made.finish, len(made.ids)
         except (_Stopped, KeyboardInterrupt):
             text, finish = growing.end(growing.shown), "interrupted"
         seconds = time.perf_counter() - start
         if text:
             self.turns.append(Turn(question, text))
-        said = {"length": f"cut off at {self._asked.answer_tokens} tokens; --max_new_tokens=N allows more", "interrupted": "stopped"}
+        said = {"nan": "the model's logits are no numbers", "interrupted": "stopped",
+                "length": f"cut off at {self._asked.answer_tokens} tokens; --max_new_tokens=N allows more"}
         notes = [said[finish]] if finish in said else [] if text else ["the model ended the answer before its first word"]
         if self._cost:
             notes.append(self._costs(prompt, drawn, seconds))
@@ -394,8 +398,7 @@ def _batch(args: argparse.Namespace) -> None:
     _check_rows(questions, plan, sheet=out.suffix.casefold() == ".csv")
     with Console(None, sensitive=plan.config.sensitive) as console:
         console.note(f"{len(questions.texts)} questions of {args.file}, asked of {_said(plan, args)}")
-        generate = plan.config.generate
-        asked = _load(plan, {"slots": generate.slots, "chunk": generate.prefill_chunk, "key_block": generate.key_block})
+        asked = _load(plan)
         asked = _with_slots_that_fit(asked, plan.answer_tokens + max(map(len, asked.prompts(questions.texts))))
         with console.progress("answers", len(questions.texts)) as progress:
             made = asked.answer(questions.texts, temperature=args.temperature, top_p=args.top_p, seed=args.seed,

@@ -130,10 +130,12 @@ class Generate:
     answer: Sampling = Sampling()
     slots: int = runtime(64)       # rows decoded at a time on each device; another number may change rounding, never the random numbers
     prefill_chunk: int = 64        # tokens of one prompt prefilled at a time
-    key_block: int = 128           # keys attended at a time, at absolute positions
+    key_block: int = 128           # keys attended at a time, at absolute positions; prompts share what they have in common in whole blocks
+    attention: str = runtime("auto")  # auto (what fits the device), blocks (CPU), xla or cudnn (GPU, bfloat16)
 
     def __post_init__(self):
         _check("generate.requests", self.requests, 1 <= self.requests <= 10_000_000, "at least 1")
+        _one_of("generate.attention", self.attention, "auto", "blocks", "xla", "cudnn")
         _check("generate.slots", self.slots, 2 <= self.slots <= 4096, "2 to 4096")
         for name in ("prefill_chunk", "key_block"):
             value = getattr(self, name)

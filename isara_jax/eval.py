@@ -84,8 +84,7 @@ def _evaluate(args: cli.Args, workdir: Workdir | None) -> None:
 def _load(config: Config) -> LM:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     blueprint = lm_lib.describe(config.model.name, context=config.model.context)
-    return lm_lib.load(config.model.name, config.model.dtype, mesh=mesh, blueprint=blueprint).with_engine(
-        slots=config.generate.slots, chunk=config.generate.prefill_chunk, key_block=config.generate.key_block)
+    return lm_lib.load(config.model.name, config.model.dtype, mesh=mesh, blueprint=blueprint).with_settings(config.generate)
 
 
 def _measure(lm: LM, config: Config, chosen: EvalSet, folder: Path, console: Console) -> dict[str, Any]:

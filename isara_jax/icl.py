@@ -20,7 +20,7 @@ from isara_jax.config import Config, Data, Retrieval, from_dict
 from isara_jax.data import seeds
 from isara_jax.data.pool import Pool
 from isara_jax.data.prompts import Pair, Segments, Template, tidy
-from isara_jax.decode.generate import Request
+from isara_jax.decode.requests import Request
 from isara_jax.evals import forms
 from isara_jax.evals.forms import Form
 from isara_jax.lm import LM

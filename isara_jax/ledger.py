@@ -20,7 +20,8 @@ class Cost:
     """The account of one stage.
 
     `seconds` are wall time and `compile_seconds` the part of them that XLA compiled programs or loaded compiled ones (tracing aside).
-    `peak_gib` is the largest resident size of this process while the stage ran.
+    `peak_gib` is the largest resident size of this process while the stage ran. `shared` are tokens of prompts that were not prefilled,
+    since another prompt began alike.
     """
 
     iteration: int
@@ -30,16 +31,17 @@ class Cost:
     prefilled: int = 0
     generated: int = 0
     trained: int = 0
+    shared: int = 0
     peak_gib: float = 0.0
 
     def add(self, **tokens: int) -> None:
-        """Add to the counts of tokens: `prefilled`, `generated`, `trained`."""
+        """Add to the counts of tokens: `prefilled`, `generated`, `trained`, `shared`."""
         self.set(**{name: getattr(self, name) + n for name, n in tokens.items()})
 
     def set(self, **tokens: int) -> None:
         """Set counts of tokens that are summed up elsewhere."""
         for name, n in tokens.items():
-            if name not in ("prefilled", "generated", "trained"):
+            if name not in ("prefilled", "generated", "trained", "shared"):
                 raise ValueError(f"no such count of tokens: {name}")
             setattr(self, name, int(n))
 

@@ -9,27 +9,29 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from isara_jax import preflight
+from isara_jax import config, preflight
 from isara_jax.common import UserError, address
 from isara_jax.data import gguf_tokenizer
 from isara_jax.data import tokenizer as tokenizer_lib
 from isara_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from isara_jax.decode import recipes
 from isara_jax.decode.engine import EngineConfig, prepare
-from isara_jax.decode.generate import Request, generate
+from isara_jax.decode.generate import Counts, Sampler
+from isara_jax.decode.requests import Completion, Request, check_sampling
 from isara_jax.decode.score import score
 from isara_jax.models import adapter as adapter_lib
 from isara_jax.models import assets, decoder, gguf, heads, hf, lora, published, resolve
 from isara_jax.models.config import ModelConfig
 from isara_jax.models.layers import causal_attention
 from isara_jax.models.place import placer
-from isara_jax.sharding import make_mesh, param_shardings, put_rows, row_devices
+from isara_jax.sharding import ShardingConfig, make_mesh, param_shardings, put_rows, row_devices
 
 WIDTHS = 64   # rows of tokens are padded to a multiple of this, so that few programs are compiled
 STAND_IN = "smollm2-135m-instruct"  # whose tokenizer counts for a published model that is not on this machine
@@ -52,7 +54,8 @@ class Sample:
 
     text: str
     ids: list[int]
-    finish: str                     # stop, eos or length
+    finish: str                     # stop, eos, length, or nan where the model's logits were no numbers
+    log_p: list[float] | None = None  # of each token, under the model at temperature 1 without filters, where it was asked for
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,10 @@ class LM:
         """
         return self.with_params(self._compute_params())
 
+    def with_settings(self, settings: config.Generate) -> LM:
+        """The same model sampled as a run's config says."""
+        return self.with_engine(**_engine_settings(settings, self.cfg, self.dtype, self.mesh))
+
     def with_engine(self, **changes: Any) -> LM:
         """The same model sampled with another engine shape (slots, chunk, key_block)."""
         return dataclasses.replace(self, engine=dataclasses.replace(self.engine, **changes))
@@ -135,23 +142,26 @@ class LM:
         check_rows([p + c for p, c in pairs], self.cfg, self.context)
         return score(self._compute_params(), self.cfg, self.dtype, self.mesh, pairs)
 
-    def generate(self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
-                 n: int = 1, seed: int | None = None, stop: Sequence[str] = (), ignore_eos: bool = False) -> list[list[Sample]]:
+    def generate(self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int = 64, min_new_tokens: int = 0, temperature: float = 0.0,
+                 top_p: float = 1.0, top_k: int = 0, repetition_penalty: float = 1.0, n: int = 1, seed: int | None = None,
+                 stop: Sequence[str] = (), stop_ids: Sequence[int] = (), ignore_eos: bool = False, log_p: bool = False) -> list[list[Sample]]:
         """Continue each prompt n times; prompts are strings or token ids and no template is applied.
 
         Special tokens spelled in a string are plain text; give token ids to use them. A draw depends on (seed, prompt, how often
         this prompt occurred before it in this call, sample, position) and on nothing else, so a call repeated gives the same. Where
-        the context leaves less room than `max_new_tokens`, the text ends there (finish "length").
-        Raises `UserError` when temperature > 0 without a seed, and for prompts that are empty or do not fit the context.
+        the context leaves less room than `max_new_tokens`, the text ends there (finish "length"). What prompts have in common at their
+        beginning, and the prompt of n samples, is computed once. The other arguments are those of `decode.requests.Request`.
+        Raises `UserError` when temperature > 0 without a seed, for prompts that are empty or do not fit the context, and where every
+        text ended because the model's logits are no numbers.
         """
         if isinstance(prompts, str):
             raise UserError("generate takes a list of prompts, not one string: write generate([prompt]).")
+        if n < 1:
+            raise UserError(f"generate: n={n} is out of range: at least 1 sample a prompt.")
+        check_sampling("generate", max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, temperature=temperature, top_p=top_p,
+                       top_k=top_k, repetition_penalty=repetition_penalty, stop=stop, seed=seed)
         if temperature > 0 and seed is None:
             raise UserError(f"temperature={temperature} draws at random: give seed=NUMBER (any), or temperature=0 for greedy text.")
-        if n < 1 or max_new_tokens < 0 or temperature < 0 or not 0 < top_p <= 1 or not all(stop):
-            raise UserError(f"generate got n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}, "
-                            f"stop={list(stop)}: n is at least 1, max_new_tokens and temperature at least 0, top_p in (0, 1], and stop "
-                            "strings are not empty.")
         if stop:
             self.tokenizer.encode(stop[0])  # without a tokenizer there is no text to find them in
         seen: dict[tuple[int, ...], int] = {}
@@ -160,38 +170,55 @@ class LM:
             ids = tuple(self._encode(i, prompt))
             occurrence = seen[ids] = seen.get(ids, -1) + 1
             digest = ",".join(map(str, ids))
-            requests += [Request(ids, address("generate", digest, occurrence, j), max_new_tokens, temperature, top_p, tuple(stop),
-                                 ignore_eos) for j in range(n)]
+            requests += [Request(ids, address("generate", digest, occurrence, j), max_new_tokens, temperature, top_p, tuple(stop), ignore_eos,
+                                 top_k, repetition_penalty, min_new_tokens, tuple(stop_ids), log_p=log_p) for j in range(n)]
         made = self.run(requests, seed=seed or 0)
-        samples = [Sample(c.text if c.text is not None else self.tokenizer.decode(c.ids), c.ids, c.finish) for c in made]
+        samples = [Sample(c.text if c.text is not None else self.tokenizer.decode(c.ids), c.ids, c.finish, c.log_p) for c in made]
         return [samples[i * n:(i + 1) * n] for i in range(len(prompts))]
 
-    def run(self, requests: Sequence[Request], *, seed: int, on_progress=None, on_text=None) -> list:
+    def run(self, requests: Sequence[Request], *, seed: int, on_progress=None, on_text=None, sampler: Sampler | None = None,
+            on_end: Callable[[Counts], None] | None = None) -> list[Completion]:
         """Completions of prepared requests, in their order: what `generate` and the loop are made of.
 
-        `on_progress` and `on_text` are called while they are drawn (`decode.generate.generate`).
+        Args:
+            on_progress, on_text: called while they are drawn (`decode.generate.Sampler.stream`).
+            sampler: one of `sampler()` that stays from call to call, and with it the beginnings of prompts that it knows.
+            on_end: called with what the call did.
 
-        Raises `UserError` where keys and values of all slots would not fit the memory that is free, with the number of slots that would.
+        Raises `UserError` where keys and values of all slots would not fit the memory that is free, with the number of slots that would,
+        and where every text ended because the model's logits are no numbers.
         """
-        self._check_room(requests)
-        return generate(self._compute_params(), self.cfg, self.engine, self.mesh, requests, seed=seed, stop_ids=self.tokenizer.stop_ids,
-                        decode=self.tokenizer.decode, context=self.context, on_progress=on_progress, on_text=on_text)
+        sampler = sampler or self.sampler()
+        self._check_room(sampler, requests)
+        made = list(sampler.stream(requests, seed=seed, on_progress=on_progress, on_text=on_text))
+        if on_end:
+            on_end(sampler.counts)
+        if made and all(c.finish == "nan" for c in made):
+            raise UserError(f"the model's logits are no numbers (NaN or infinite) for every one of {len(made)} prompts: its weights are damaged, "
+                            "or fine-tuning diverged. Check the model's files, or lower --config.sft.lr.")
+        return made
+
+    def sampler(self) -> Sampler:
+        """A sampler of these weights that remembers the beginnings of prompts from one `run` to the next, as the turns of a chat need."""
+        return Sampler(self._compute_params(), self.cfg, self.engine, self.mesh, stop_ids=self.tokenizer.stop_ids, context=self.context,
+                       decode=self.tokenizer.decode)
 
     # ------------------------------------------------------------------------------------------------------------------------
-    def _check_room(self, requests: Sequence[Request]) -> None:
-        device, cfg = self.mesh.devices.flat[0], self.cfg
-        longest = max((min(len(r.tokens) + r.max_new_tokens, self.context) for r in requests), default=0)
-        a_slot = longest * cfg.n_layers * 2 * cfg.n_kv_heads * cfg.head_dim * (2 if self.dtype == "bfloat16" else 4)
-        if device.platform == "cpu":  # all devices share this machine's memory
-            a_slot *= row_devices(self.mesh)
+    def _check_room(self, sampler: Sampler, requests: Sequence[Request]) -> None:
+        device = self.mesh.devices.flat[0]
         free = preflight.memory_there(device)[1]
-        if free and self.engine.slots * a_slot > free:
-            raise UserError(f"{self.engine.slots} slots of {longest} tokens need {self.engine.slots * a_slot / 2**30:.1f} GiB for keys and "
-                            f"values, and {free / 2**30:.1f} GiB are free. Use lm.with_engine(slots={max(2, int(free / 2 / a_slot))}) or "
-                            "--config.generate.slots, or shorter prompts.")
+        devices = row_devices(self.mesh) if device.platform == "cpu" else 1  # these share one memory
+        needed = lambda slots: devices * sampler.bytes_needed(requests, slots)
+        slots = self.engine.slots
+        if free and needed(slots) > free:
+            fits = slots
+            while fits > 2 and needed(fits) > free / 2:
+                fits = max(2, fits // 2)
+            raise UserError(f"{slots} slots for {len(requests)} prompts need {needed(slots) / 2**30:.1f} GiB for keys and values, and "
+                            f"{free / 2**30:.1f} GiB are free. Use lm.with_engine(slots={fits}) or --config.generate.slots, or shorter prompts.")
 
     def _compute_params(self) -> decoder.Params:
-        return prepare(self.params, self.dtype, self.mesh)
+        return prepare(self.params, self.dtype, self.mesh, stacked=recipes.is_scanned(self.engine.attention))
 
     def _encode(self, i: int, prompt: str | Sequence[int]) -> list[int]:
         ids = self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else [int(t) for t in prompt]
@@ -274,7 +301,27 @@ def load(name: str, dtype: str = "auto", *, mesh: Mesh | None = None, blueprint:
         params = reader.load_params(source.path, cfg, placer(shardings), weights or dtype)
     if adapter:
         params = lora.apply_folder(params, Path(adapter), cfg, adapter_lib.family_of(source))
-    return LM(params, blueprint, dtype, mesh, EngineConfig(dtype=dtype), as_stored=not adapter)
+    return LM(params, blueprint, dtype, mesh, default_engine(blueprint.cfg, dtype, mesh), as_stored=not adapter)
+
+
+def default_engine(cfg: ModelConfig, dtype: str, mesh: Mesh) -> EngineConfig:
+    """How a model is sampled where nobody says otherwise."""
+    return EngineConfig(dtype, attention=recipes.choose("auto", mesh.devices.flat[0], dtype, cfg))
+
+
+def _engine_settings(settings: config.Generate, cfg: ModelConfig, dtype: str, mesh: Mesh) -> dict[str, Any]:
+    return {"slots": settings.slots, "chunk": settings.prefill_chunk, "key_block": settings.key_block,
+            "attention": recipes.choose(settings.attention, mesh.devices.flat[0], dtype, cfg)}
+
+
+def compile_ahead(blueprint: Blueprint, dtype: str, mesh: Mesh, settings: config.Generate, requests: Sequence[Request]) -> str:
+    """Start to compile, in the background, what sampling these requests takes, before there are weights. Returns what that is, in words."""
+    engine = EngineConfig(dtype, **_engine_settings(settings, blueprint.cfg, dtype, mesh))
+    params = jax.eval_shape(functools.partial(prepare, dtype=dtype, mesh=mesh, stacked=recipes.is_scanned(engine.attention)),
+                            decoder.abstract_params(blueprint.cfg))
+    places = param_shardings(params, mesh, ShardingConfig().for_sampling())
+    params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places)
+    return Sampler(params, blueprint.cfg, engine, mesh, stop_ids=blueprint.tokenizer.stop_ids, context=blueprint.context).compile(requests)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

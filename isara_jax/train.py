@@ -33,6 +33,8 @@ from isara_jax.stop import StopRule
 from isara_jax.work import Work
 from isara_jax.workdir import Workdir
 
+FORESEEN = 10_000  # requests that are looked at before the weights are there, to know for which sizes to compile
+
 
 @dataclass(frozen=True)
 class Run:
@@ -90,6 +92,17 @@ def start(session: Session) -> None:
     report_seeds(session)
     judge.announce(session)
     start_pool(session)
+
+
+def compile_ahead(session: Session) -> None:
+    """Have what the first questions take compiled in the background, while the weights are read."""
+    if (session.workdir.iteration(1) / "questions.jsonl").exists():
+        return
+    setting, count = dataclasses.replace(session.setting(), say=lambda _: None), min(session.config.generate.requests, FORESEEN)
+    asked = session.method.question_prompts(setting, 1, session.train_seeds, count)
+    said = lm_lib.compile_ahead(session.blueprint, session.dtype, session.mesh, session.config.generate,
+                                session.method.requests_for(setting, "question", asked))
+    session.console.note(f"compiling for the first questions while the weights are read: {said}")
 
 
 def carry_out(config: Config, root: Workdir, parts: Sequence[Job], ready: Sequence[Session], lm: lm_lib.LM, pairs: seeds_lib.SeedSet | None,
@@ -227,6 +240,7 @@ def _train(args: cli.Args) -> None:
         more = config.stop.iterations if args.refit_all else 0
         preflight.writable(root.root, preflight.disk_needed(blueprint.cfg, iterations=missing + more, keep=config.keep,
                                                               adapters=lora.n_params(blueprint.cfg, config.sft.lora)))
+        compile_ahead(ready[0])
         lm = lm_lib.load(config.model.name, dtype, mesh=mesh, blueprint=blueprint, weights="float32")
         try:
             carry_out(config, root, parts, ready, lm, None, args.refit_all)

@@ -10,7 +10,8 @@ from isara_jax.common import content_hash, release_memory, write_jsonl
 from isara_jax.data.batching import Example
 from isara_jax.data.items import Item
 from isara_jax.data.pool import Record
-from isara_jax.decode.generate import Completion, Request
+from isara_jax.decode.generate import Counts
+from isara_jax.decode.requests import Completion, Request
 from isara_jax.evals import evaluate, forms, quantities
 from isara_jax.ledger import Ledger
 from isara_jax.lm import LM
@@ -40,8 +41,7 @@ class Work:
     """The models of a run: the starting one, and the parameters of one iteration at a time; others come from their checkpoint."""
 
     def __init__(self, session: Session, base: LM, ledger: Ledger):
-        settings = session.config.generate
-        self._base = base.with_engine(slots=settings.slots, chunk=settings.prefill_chunk, key_block=settings.key_block)
+        self._base = base.with_settings(session.config.generate)
         self._held: tuple[int, decoder.Params] | None = None
         self.session, self.ledger = session, ledger
         self.checkpoints = Checkpoints(session.workdir.checkpoints, keep=session.config.keep)
@@ -66,7 +66,11 @@ class Work:
                 cost.set(prefilled=prefilled, generated=generated)
                 progress.update(done, tokens=prefilled + generated)
 
-            return lm.run(requests, seed=self.session.config.seed, on_progress=on_progress)
+            def on_end(counts: Counts) -> None:
+                cost.set(shared=counts.shared)
+                self.session.console.note(f"{name}: {counts}")
+
+            return lm.run(requests, seed=self.session.config.seed, on_progress=on_progress, on_end=on_end)
 
     # ---------------------------------------------------------------------------------------------------------------- fine-tuning
     def steps(self, pairs: int) -> int:

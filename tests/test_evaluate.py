@@ -10,7 +10,7 @@ from isara_jax.common import UserError
 from isara_jax.data.benchmarks import Item, choices
 from isara_jax.data.prompts import Template
 from isara_jax.data.tokenizer import ByteTokenizer
-from isara_jax.decode.generate import Completion
+from isara_jax.decode.requests import Completion
 from isara_jax.evals import forms, mc
 from isara_jax.evals.evaluate import evaluate, measure, probe, probe_summary, summarise
 

@@ -26,7 +26,7 @@ class Candidate:
 
     question: str
     answer: str | None
-    finish: str                    # stop, eos or length
+    finish: str                    # stop, eos, length or nan
     verdict: str | None            # of the parser
     exemplars: tuple[Any, ...]     # the pairs in its prompt (id, question, answer)
 
@@ -56,7 +56,7 @@ def parse(c: Candidate, settings: config.Filters, accepted: NoveltyIndex | None)
 
 def truncated(c: Candidate, settings: config.Filters, accepted: NoveltyIndex | None) -> Verdict:
     """The text ended by itself, not at the token limit."""
-    return Verdict("truncated", c.finish != "length")
+    return Verdict("truncated", c.finish not in ("length", "nan"))
 
 
 def min_words(c: Candidate, settings: config.Filters, accepted: NoveltyIndex | None) -> Verdict:

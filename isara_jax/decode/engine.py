@@ -1,18 +1,18 @@
-"""Prefill, insert, decode: three compiled programs over a fixed number of slots, in which a request never sees its batch-mates.
+"""Prefill, insert, decode: three compiled programs over a pool of blocks and a fixed number of slots, in which no request sees another.
 
-Every slot carries its own length, limits, key and sampling parameters as arrays, so that nothing about a request recompiles; only the
-capacity (positions a slot can hold) does. What keeps the bits of a request the same in any company (DESIGN rule 1):
+Everything about a request (length, limits, key, sampling parameters, where its blocks are) is an array, so that nothing about it
+recompiles. What keeps its bits the same in any company (DESIGN rule 1):
 
-* prefill runs chunks of a fixed number of tokens for a fixed number of prompts, at absolute positions;
-* attention goes over absolute blocks of keys with an online softmax (Milakov and Gimelshein 2018), and a block in which a row sees
-  nothing leaves the row's numbers exactly as they were, so other rows may need more blocks;
+* prefill runs a fixed number of chunks of a fixed number of tokens, at absolute positions; which chunks stand side by side does not
+  matter, be they of several prompts or of one;
+* attention goes over absolute blocks of keys (decode/attention.py), so a prompt that begins like another names its blocks;
 * decode always runs all slots. The keys of the last few steps stand apart until they are flushed into the blocks; a slot starts at the
   beginning of such a run of steps, so when its keys move depends on its own count of tokens only.
 
 Prefill covers a prompt but for its last token, with which decode begins: the vocabulary head runs in decode alone.
 
-Each device works on its own rows (`shard_map` over the row axes), so any number of data-parallel devices runs the program of one.
-Letters as in models/layers.py, and: S slots of a device, C blocks of W keys, P prompts prefilled together, J steps of a run.
+Each device works on its own rows and blocks (`shard_map` over the row axes), so any number of data-parallel devices runs the program of one.
+Letters as in decode/attention.py, and: V vocabulary, I stop ids.
 """
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from isara_jax.decode import attention
-from isara_jax.decode.sampling import sample
+from isara_jax.decode import ahead, attention, recipes
+from isara_jax.decode.attention import Groups, Places
+from isara_jax.decode.sampling import Controls, sample
 from isara_jax.models import decoder
 from isara_jax.models.config import ModelConfig
 from isara_jax.sharding import ROWS, ShardingConfig, param_shardings, row_devices
 
-STEPS = 8  # decode steps between two looks of the host, and between two flushes of new keys
+Pool = Any  # the blocks of keys and values as the recipe of attention keeps them (decode/recipes.py)
 
 
 @dataclass(frozen=True)
@@ -43,77 +44,95 @@ class EngineConfig:
         dtype: arithmetic of products, "float32" or "bfloat16".
         slots: rows decoded at a time on each device.
         chunk: tokens of one prompt prefilled at a time.
-        key_block: keys attended at a time; a multiple of `chunk`.
+        lanes: chunks prefilled together on a device; with 512 tokens, products of matrices are at 95 % of the best a CPU has.
+        key_block: keys attended at a time and shared as a whole; a multiple of `chunk`.
+        steps: decode steps between two looks of the host, and between two flushes of new keys.
+        attention: one of `recipes.KINDS`; `recipes.choose` finds the one for a device.
     """
 
     dtype: str = "float32"
     slots: int = 64
     chunk: int = 64
+    lanes: int = 8
     key_block: int = 128
+    steps: int = 8
+    attention: str = "blocks"
 
     def __post_init__(self):
+        if self.attention not in recipes.KINDS:
+            raise ValueError(f"attention={self.attention!r} is not one of {', '.join(recipes.KINDS)}")
         if self.key_block % self.chunk:
             raise ValueError(f"key_block={self.key_block} is not a multiple of chunk={self.chunk}")
-
-    @property
-    def prompts(self) -> int:
-        """Prompts prefilled together on a device: 256 rows or more, for below that a product of matrices is slow and its bits vary."""
-        return max(1, 256 // self.chunk)
-
-
-class Prefix(NamedTuple):
-    """Keys and values of P prompts of each device, a tuple over layers: [C, P, K, H, W] and [C, P, K, W, H]."""
-
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
 
 
 class Rows(NamedTuple):
     """What a slot knows about its request; every field has the slots as its first axis."""
 
     cached: jax.Array       # int32: positions whose keys are in the blocks
-    token: jax.Array        # int32: the last token, whose keys are in no cache yet
+    token: jax.Array        # int32: the last token, whose keys are in no block yet
     generated: jax.Array    # int32: tokens drawn so far
     limit: jax.Array        # int32: tokens to draw at most
-    key: jax.Array          # uint32 [., 2]
-    temperature: jax.Array  # float32
-    top_p: jax.Array        # float32
-    ignore_eos: jax.Array   # bool
-    done: jax.Array         # bool: free, or ended and not yet harvested
+    key: jax.Array          # uint32 [S, 2]
+    stop_ids: jax.Array     # int32 [S, I]: the ids that end the text, padded with -1
+    done: jax.Array         # bool: free, or ended
+    controls: Controls
 
 
-class State(NamedTuple):
-    """All slots: keys and values as in `Prefix` with slots in place of prompts, and the rows."""
+class Chunk(NamedTuple):
+    """What a run of decode steps drew.
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
-    rows: Rows
+    Attributes:
+        tokens: [S, steps] int32; a slot's new ones are the first so many as `generated` rose, a stop id among them.
+        log_p: [S, steps] float32, where a row asked for them.
+        generated: [S] int32.
+        done: [S] bool.
+        broken: [S] bool, rows whose logits were no numbers; what they drew last is to be dropped.
+    """
+
+    tokens: jax.Array
+    log_p: jax.Array
+    generated: jax.Array
+    done: jax.Array
+    broken: jax.Array
 
 
-_KV = P(None, ROWS)
-_STATE = State(_KV, _KV, Rows(*(P(ROWS),) * len(Rows._fields)))
+_ROWS = P(ROWS)
 
 
-def prepare(params: decoder.Params, dtype: str, mesh: Mesh) -> decoder.Params:
-    """The parameters in sampling dtype and place: one copy, or none where they are there already."""
-    shardings = param_shardings(params, mesh, ShardingConfig().for_sampling())
-    if all(x.dtype == jnp.dtype(dtype) for x in jax.tree.leaves(params)):
-        return jax.device_put(params, shardings)
-    return jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree), out_shardings=shardings)(params)
+def prepare(params: decoder.Params, dtype: str, mesh: Mesh, *, stacked: bool = False) -> decoder.Params:
+    """The parameters in sampling dtype, form and place: one copy, or none where they are there already.
+
+    `stacked` layers are scanned (see `decoder.forward`), as `recipes.is_scanned` asks for.
+    """
+    if stacked != ("0" in params["layers"]) and all(x.dtype == jnp.dtype(dtype) for x in jax.tree.leaves(params)):
+        return jax.device_put(params, param_shardings(params, mesh, ShardingConfig().for_sampling()))
+    return _prepared(params, dtype, mesh, stacked)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _prepared(params: decoder.Params, dtype: str, mesh: Mesh, stacked: bool) -> decoder.Params:
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    if stacked and "0" in params["layers"]:
+        params = decoder.stack_layers(params)
+    elif not stacked and "0" not in params["layers"]:
+        params = decoder.unstack_layers(params, len(jax.tree.leaves(params["layers"])[0]))
+    return jax.lax.with_sharding_constraint(params, param_shardings(params, mesh, ShardingConfig().for_sampling()))
 
 
 @dataclass(frozen=True)
 class Engine:
-    """The programs for one model, engine shape, mesh and capacity. Compiled programs are shared by all engines that are equal.
+    """The programs for one model, engine shape, mesh and pool. Compiled programs are shared by all engines that are equal.
 
     Attributes:
-        capacity: positions a slot can hold, prompt and new tokens together; a multiple of `config.key_block`.
+        blocks: blocks in the pool of a device. One more, numbered `blocks`, takes what nobody will read.
+        table: blocks that a row can have at most.
     """
 
     cfg: ModelConfig
     config: EngineConfig
     mesh: Mesh
-    capacity: int
+    blocks: int
+    table: int
 
     @property
     def slots(self) -> int:
@@ -121,47 +140,73 @@ class Engine:
         return self.config.slots * row_devices(self.mesh)
 
     @property
-    def prompts(self) -> int:
-        """Prompts of all devices in one prefill; those of device d are d * config.prompts and following."""
-        return self.config.prompts * row_devices(self.mesh)
+    def lanes(self) -> int:
+        """Chunks of all devices in one prefill; those of device d are d * config.lanes and following."""
+        return self.config.lanes * row_devices(self.mesh)
 
-    def empty_state(self) -> State:
-        """All slots free."""
-        return _empty_state(self)
+    def __str__(self) -> str:
+        size = (self.blocks + 1) * attention.block_bytes(self.cfg, self.config.dtype, self.config.key_block) / 2**20
+        return (f"{self.config.slots} slots, prefills of {self.config.lanes} x {self.config.chunk} tokens, a pool of {self.blocks} blocks of "
+                f"{self.config.key_block} keys ({size:.0f} MiB {self.config.dtype}), at most {self.table} to a row, attention {self.config.attention}")
 
-    def prefill(self, params: decoder.Params, tokens: np.ndarray, prefix: Prefix | None = None) -> Prefix:
-        """Keys and values of prompts, from tokens [P, T] padded to a multiple of the chunk. `prefix` is a used one to overwrite."""
-        chunk = self.config.chunk
-        if tokens.shape[0] != self.prompts or tokens.shape[1] % chunk or not 0 < tokens.shape[1] <= self.capacity:
-            raise ValueError(f"tokens {tokens.shape}: want {self.prompts} rows of 1 to {self.capacity // chunk} chunks of {chunk}")
-        prefix = _empty_prefix(self) if prefix is None else prefix
-        for start in range(0, tokens.shape[1], chunk):
-            prefix = _prefill_chunk(self, params, prefix, self._put(tokens[:, start:start + chunk]), np.int32(start))
-        return prefix
+    @property
+    def recipe(self) -> recipes.Recipe:
+        """How its programs keep and attend keys."""
+        return recipes.of(self.config.attention, self.config.dtype)
 
-    def insert(self, state: State, prefix: Prefix, rows: Rows, slots: np.ndarray, counts: np.ndarray) -> State:
-        """Put prefilled prompts into slots.
+    def empty_state(self) -> Pool:
+        """The pool, all blocks zero."""
+        return _empty(self)
+
+    def prefill(self, params: decoder.Params, state: Pool, tokens: np.ndarray, start: np.ndarray, table: np.ndarray) -> Pool:
+        """Write keys and values of chunks [P, T] at positions from `start` [P] into the blocks of `table` [P, C], numbered within the device.
+
+        A chunk may see chunks of the same call that come before it in its text. Lanes to spare name the block `blocks`, from position 0.
+        """
+        if tokens.shape != (self.lanes, self.config.chunk) or (start % self.config.chunk).any():
+            raise ValueError(f"tokens {tokens.shape} from {start.tolist()}: want {self.lanes} chunks of {self.config.chunk} tokens that start "
+                             f"at multiples of {self.config.chunk}")
+        return ahead.call(_prefill, self, params, state, *self._put((tokens, start, table)))
+
+    def insert(self, state: Pool, source: np.ndarray, target: np.ndarray, counts: np.ndarray) -> Pool:
+        """Copy blocks, so that texts which begin alike go on apart: the first `counts` [devices] of `source` and `target` [slots] int32."""
+        return ahead.call(_insert, self, state, *self._put((source, target, counts)))
+
+    def decode_chunk(self, params: decoder.Params, state: Pool, rows: Rows, places: Places, groups: Groups | None = None,
+                     seen: np.ndarray | None = None) -> tuple[Pool, Chunk]:
+        """Up to `config.steps` steps of all slots that are not done. All arrays are numpy, a device's rows after another's.
 
         Args:
-            rows: numpy arrays [P, ...], a row for each prompt of the prefix.
-            slots: [P] int32, where each prompt goes, numbered within its device.
-            counts: [devices] int32, how many prompts of each device are to be inserted; its others are padding.
+            groups: rows that share blocks, see `Groups`; None where none do, which is a program of its own. Only "blocks" looks at them:
+                elsewhere keys are gathered once for many steps, and groups save nothing.
+            seen: [slots, V] bool, the tokens of each row's prompt and text, where a row penalises repetition; else None, another program.
         """
-        return _insert(self, state, prefix, self._put(rows), self._put(slots), self._put(counts))
+        groups = groups if self.config.attention == "blocks" else None
+        return ahead.call(_decode, self, params, state, self._put(rows), self._put(places), self._put(groups), self._put(seen))
 
-    def decode(self, params: decoder.Params, state: State, free: np.ndarray, stop_ids: np.ndarray) -> tuple[State, jax.Array]:
-        """Up to `STEPS` steps of all slots that are not done: (state, tokens [slots, STEPS]).
-
-        A slot's new tokens are the first so many of its row as its `generated` rose; a stop id is among them.
+    def compile(self, params: decoder.Params, rows: Rows, places: Places, groups: Groups | None, seen: np.ndarray | None) -> list[str]:
+        """Start to compile, in the background, the programs for arrays of these shapes, and say which.
 
         Args:
-            free: [slots] bool, slots that hold no request (any more).
-            stop_ids: int32, the ids that end a text, padded with -1.
+            params: as `prepare` returns them, or their shapes with shardings.
+            groups, seen: as `decode_chunk` may get them; of decode there is a program with each of them and one with neither.
         """
-        return _decode(self, params, state, self._put(free), stop_ids)
+        here = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, _ROWS)), tree)
+        state, number = here(jax.eval_shape(functools.partial(_empty, self))), lambda *shape: np.zeros(shape, np.int32)
+        ahead.compile(_prefill, self, params, state, *here((number(self.lanes, self.config.chunk), number(self.lanes),
+                                                            number(self.lanes, self.table))))
+        said = ["prefill"]
+        for g in [None] if groups is None or self.config.attention != "blocks" else [None, groups]:
+            ahead.compile(_decode, self, params, state, *here((rows, places)), here(g), here(seen))
+            said.append("decode" if g is None else "decode of rows that share blocks")
+        if groups is not None:
+            devices = self.slots // self.config.slots
+            ahead.compile(_insert, self, state, *here((number(self.slots), number(self.slots), number(devices))))
+            said.append("insert")
+        return said
 
     def _put(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(self.mesh, P(ROWS))), tree)
+        return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(self.mesh, _ROWS)), tree)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- programs
@@ -170,84 +215,68 @@ def _per_device(engine: Engine, body, in_specs, out_specs):
     return jax.shard_map(body, mesh=engine.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(ROWS), check_vma=False)
 
 
-def _empty_kv(engine: Engine, rows: int) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    cfg, W = engine.cfg, engine.config.key_block
-    stored = attention.stored_dtype(engine.config.dtype)
-    lead = (engine.capacity // W, rows, cfg.n_kv_heads)
-    return (tuple(jnp.zeros((*lead, cfg.head_dim, W), stored) for _ in range(cfg.n_layers)),
-            tuple(jnp.zeros((*lead, W, cfg.head_dim), stored) for _ in range(cfg.n_layers)))
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def _empty_prefix(engine: Engine) -> Prefix:
-    return _per_device(engine, lambda: Prefix(*_empty_kv(engine, engine.config.prompts)), (), Prefix(_KV, _KV))()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _empty_state(engine: Engine) -> State:
-    def body():
-        S = engine.config.slots
-        number = lambda: jnp.zeros((S,), jnp.int32)
-        rows = Rows(number(), number(), number(), number(), jnp.zeros((S, 2), jnp.uint32), jnp.zeros((S,)), jnp.ones((S,)),
-                    jnp.zeros((S,), bool), jnp.ones((S,), bool))
-        return State(*_empty_kv(engine, S), rows)
-
-    return _per_device(engine, body, (), _STATE)()
+def _empty(engine: Engine) -> Pool:
+    body = lambda: engine.recipe.empty(engine.cfg, engine.blocks + 1, engine.config.key_block)
+    return _per_device(engine, body, (), _ROWS)()
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill_chunk(engine: Engine, params: decoder.Params, prefix: Prefix, tokens_PT: jax.Array, start: jax.Array) -> Prefix:
-    def body(params, prefix, tokens_PT, start):
-        positions_PT = jnp.broadcast_to(start + jnp.arange(tokens_PT.shape[1]), tokens_PT.shape)
-        attend = attention.prefill(engine.config.dtype, start)
-        _, (k, v) = decoder.forward(params, engine.cfg, tokens_PT, positions_PT, attend, (prefix.k, prefix.v))
-        return Prefix(k, v)
+def _prefill(engine: Engine, params: decoder.Params, state: Pool, tokens_PT: jax.Array, start_P: jax.Array, table_PC: jax.Array) -> Pool:
+    def body(params, state, tokens_PT, start_P, table_PC):
+        positions_PT = start_P[:, None] + jnp.arange(tokens_PT.shape[1])
+        attend = engine.recipe.prefill(start_P, table_PC)
+        return decoder.forward(params, engine.cfg, tokens_PT, positions_PT, attend, state)[1]
 
-    specs = Prefix(_KV, _KV)
-    return _per_device(engine, body, (P(), specs, P(ROWS), P()), specs)(params, prefix, tokens_PT, start)
+    return _per_device(engine, body, (P(), _ROWS, _ROWS, _ROWS, _ROWS), _ROWS)(params, state, tokens_PT, start_P, table_PC)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _insert(engine: Engine, state: State, prefix: Prefix, rows: Rows, slots_P: jax.Array, count_1: jax.Array) -> State:
-    def body(state, prefix, rows, slots_P, count_1):
-        def one(p, state):
-            place = lambda axis: lambda into, out: jax.lax.dynamic_update_slice_in_dim(
-                into, jax.lax.dynamic_slice_in_dim(out, p, 1, axis), slots_P[p], axis)
-            return State(*jax.tree.map(place(1), (state.k, state.v), tuple(prefix)), jax.tree.map(place(0), state.rows, rows))
+def _insert(engine: Engine, state: Pool, source_S: jax.Array, target_S: jax.Array, count_1: jax.Array) -> Pool:
+    def body(state, source_S, target_S, count_1):
+        def one(i, state):
+            move = lambda x: jax.lax.dynamic_update_slice_in_dim(
+                x, jax.lax.dynamic_slice_in_dim(x, source_S[i], 1, axis=0), target_S[i], axis=0)
+            return jax.tree.map(move, state)
 
         return jax.lax.fori_loop(0, count_1[0], one, state)
 
-    specs = (_STATE, Prefix(_KV, _KV), _STATE.rows, P(ROWS), P(ROWS))
-    return _per_device(engine, body, specs, _STATE)(state, prefix, rows, slots_P, count_1)
+    return _per_device(engine, body, _ROWS, _ROWS)(state, source_S, target_S, count_1)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(engine: Engine, params: decoder.Params, state: State, free_S: jax.Array, stop_ids: jax.Array) -> tuple[State, jax.Array]:
-    def body(params, state, free_S, stop_ids):
-        start = state.rows._replace(done=state.rows.done | free_S)
-        longest = jnp.max(jnp.where(start.done, 0, start.cached))  # blocks beyond it hold nothing for anyone
+def _decode(engine: Engine, params: decoder.Params, state: Pool, rows: Rows, places: Places, groups: Groups | None,
+            seen: jax.Array | None) -> tuple[Pool, Chunk]:
+    S, J, W = engine.config.slots, engine.config.steps, engine.config.key_block
 
+    def body(params, state, start, places, groups, seen):
         def step(carry):
-            j, rows, recent, out_SJ = carry
-            attend = attention.decode(engine.config.dtype, state.k, state.v, start.cached, longest, j)
+            j, rows, recent, seen, out = carry
+            attend = engine.recipe.decode(state, places, groups, start.cached, j)
             hidden, recent = decoder.forward(params, engine.cfg, rows.token[:, None], (start.cached + j)[:, None], attend, recent)
             logits_SV = decoder.lm_head(params, engine.cfg, hidden[:, 0])
-            token = sample(logits_SV, rows.key, rows.generated, rows.temperature, rows.top_p)
-            rows, out_SJ = _advance(rows, token, stop_ids), out_SJ.at[:, j].set(token)
-            return j + 1, rows, recent, out_SJ
+            drawn = sample(logits_SV, rows.key, rows.generated, rows.controls, seen, rows.stop_ids)
+            if seen is not None:
+                seen = seen.at[jnp.arange(S), drawn.token].set(True)
+            out = out._replace(tokens=out.tokens.at[:, j].set(drawn.token), log_p=out.log_p.at[:, j].set(drawn.log_p),
+                               broken=out.broken | (drawn.broken & ~rows.done))
+            return j + 1, _advance(rows, drawn), recent, seen, out
 
-        recent = attention.empty_recent(engine.cfg, engine.config.slots, STEPS)
-        carry = (jnp.int32(0), start, recent, jnp.zeros((engine.config.slots, STEPS), jnp.int32))
-        _, rows, recent, out_SJ = jax.lax.while_loop(lambda c: (c[0] < STEPS) & ~jnp.all(c[1].done), step, carry)
-        k, v = attention.flush(engine.config.dtype, state.k, state.v, recent, start.cached)
-        return State(k, v, rows._replace(cached=start.cached + rows.generated - start.generated)), out_SJ
+        nothing = jnp.zeros((S,), bool)
+        out = Chunk(jnp.zeros((S, J), jnp.int32), jnp.zeros((S, J)), start.generated, nothing, nothing)
+        carry = (jnp.int32(0), start, engine.recipe.begin(engine.cfg, state, places, J), seen, out)
+        _, rows, recent, _, out = jax.lax.while_loop(lambda c: (c[0] < J) & ~jnp.all(c[1].done), step, carry)
+        at_SJ = start.cached[:, None] + jnp.arange(J)
+        kept_SJ = jnp.arange(J) < (rows.generated - start.generated)[:, None]
+        block_SJ = jnp.take_along_axis(places.table, jnp.minimum(at_SJ // W, engine.table - 1), axis=1)
+        state = engine.recipe.flush(state, recent, at_SJ, jnp.where(kept_SJ, block_SJ, engine.blocks))
+        return state, out._replace(generated=rows.generated, done=rows.done)
 
-    specs = (P(), _STATE, P(ROWS), P())
-    return _per_device(engine, body, specs, (_STATE, P(ROWS)))(params, state, free_S, stop_ids)
+    return _per_device(engine, body, (P(), _ROWS, _ROWS, _ROWS, _ROWS, _ROWS), _ROWS)(params, state, rows, places, groups, seen)
 
 
-def _advance(rows: Rows, token_S: jax.Array, stop_ids: jax.Array) -> Rows:
+def _advance(rows: Rows, drawn) -> Rows:
     """The rows after a drawn token; those that are done stay as they are."""
     generated_S = jnp.where(rows.done, rows.generated, rows.generated + 1)
-    ended_S = jnp.any(token_S[:, None] == stop_ids, axis=-1) & ~rows.ignore_eos | (generated_S >= rows.limit)
-    return rows._replace(token=jnp.where(rows.done, rows.token, token_S), generated=generated_S, done=rows.done | ended_S)
+    ended_S = jnp.any(drawn.token[:, None] == rows.stop_ids, axis=-1) | drawn.broken | (generated_S >= rows.limit)
+    return rows._replace(token=jnp.where(rows.done, rows.token, drawn.token), generated=generated_S, done=rows.done | ended_S)

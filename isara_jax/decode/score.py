@@ -239,7 +239,7 @@ def _level(lists: list[list[int]]) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------------------------- programs
 def _prefix(params: decoder.Params, cfg: ModelConfig, dtype: str, mesh: Mesh, tokens: tuple[int, ...]) -> tuple[Any, ...]:
-    """Keys and values [S, K, H] of the prefix, a pair for each layer, padded to whole blocks; nothing where there is none."""
+    """Keys and values [L, S, K, H] of the prefix, padded to whole blocks; nothing where there is none."""
     if not tokens:
         return ()
     block = PREFIX_BLOCK if len(tokens) <= QUERIES else QUERIES
@@ -255,9 +255,11 @@ def _prefix_program(params, cfg, dtype, tokens_1S):
     plain = _attention(dtype, positions_1S, jnp.full((1, S), S), (), 0)  # one chain of tokens; padding stands behind what sees it not
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer, state):
-        return plain(q_BTNH, k_BTKH, v_BTKH, layer, None)[0], (*state, (k_BTKH[0], v_BTKH[0]))
+        kept = tuple(kept.at[layer.index].set(new[0]) for kept, new in zip(state, (k_BTKH, v_BTKH)))
+        return plain(q_BTNH, k_BTKH, v_BTKH, layer, None)[0], kept
 
-    return decoder.forward(params, cfg, tokens_1S, positions_1S, attend, ())[1]
+    nothing = jnp.zeros((cfg.n_layers, S, cfg.n_kv_heads, cfg.head_dim))
+    return decoder.forward(params, cfg, tokens_1S, positions_1S, attend, (nothing, nothing))[1]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -271,7 +273,7 @@ def _attention(dtype: str, positions_BT: jax.Array, ends_BT: jax.Array, prefix: 
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer, state):
         N, (K, H) = q_BTNH.shape[2], k_BTKH.shape[2:]
-        before = prefix[layer.index] if prefix else (jnp.zeros((0, K, H)),) * 2
+        before = tuple(x[layer.index] for x in prefix) if prefix else (jnp.zeros((0, K, H)),) * 2
         S = before[0].shape[0] + T
         k_BSKH, v_BSKH = (jnp.concatenate([jnp.broadcast_to(old, (B, *old.shape)), new], axis=1)
                           for old, new in zip(before, (k_BTKH, v_BTKH)))

@@ -40,7 +40,7 @@ def judge_answer(text: str, finish: str, item: Item) -> dict[str, Any]:
 
     Args:
         text: the answer, stripped.
-        finish: why it ended: stop, eos or length.
+        finish: why it ended: stop, eos, length or nan.
         item: the row that was asked.
 
     Returns:
@@ -51,5 +51,5 @@ def judge_answer(text: str, finish: str, item: Item) -> dict[str, Any]:
     wrong = {"rougeL_wrong": rouge(text, item.wrong)["rougeL"]} if item.wrong else {}
     words = len(tokens(text))
     looping = not ngram_loop(Candidate(item.question, text, finish, None, ()), config.Filters(), None).passed
-    return {"words": words, **right, **wrong, "empty": int(words == 0), "looping": int(looping), "truncated": int(finish == "length"),
+    return {"words": words, **right, **wrong, "empty": int(words == 0), "looping": int(looping), "truncated": int(finish in ("length", "nan")),
             "refusal": int(is_refusal(text))}

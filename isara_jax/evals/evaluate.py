@@ -19,7 +19,7 @@ from isara_jax.data import benchmarks
 from isara_jax.data.benchmarks import Choices, Item, choices
 from isara_jax.data.prompts import Template, tidy
 from isara_jax.data.tokenizer import ByteTokenizer, Tokenizer
-from isara_jax.decode.generate import Completion, Request
+from isara_jax.decode.requests import Completion, Request
 from isara_jax.evals import diversity, forms, mc, stats
 from isara_jax.evals.answers import DIGITS, judge_answer, rouge
 from isara_jax.evals.forms import Form, Vectors

@@ -16,7 +16,7 @@ from isara_jax.common import address
 from isara_jax.data import filters, parse, prompts
 from isara_jax.data.pool import Record, pair_id
 from isara_jax.data.rouge import NoveltyIndex, tokens
-from isara_jax.decode.generate import Completion, Request
+from isara_jax.decode.requests import Completion, Request
 from isara_jax.methods.setting import Sampler, Setting, budget
 from isara_jax.retrieval import index, select
 from isara_jax.workdir import stage
@@ -58,7 +58,7 @@ def question_prompts(s: Setting, t: int, pool: Sequence[Record], count: int) -> 
 def ask(s: Setting, t: int, pool: Sequence[Record], sample: Sampler) -> list[Row]:
     """Generate, parse and filter new questions; every request leaves a row, accepted or not."""
     asked = question_prompts(s, t, pool, s.config.generate.requests)
-    completions = sample("questions", _requests(s, "question", asked))
+    completions = sample("questions", requests_for(s, "question", asked))
     with s.account("question filters", t):
         rows = [_row(i, *rest) for i, rest in enumerate(_judge_questions(s, pool, asked, completions))]
     return _said(s, "questions", rows)
@@ -96,7 +96,7 @@ def answer(s: Setting, t: int, pool: Sequence[Record], questions: Sequence[Row],
     exemplars = _retrieve(s, t, pool, rows, "answer", texts, None)
     builds = [lambda shots, text=text: s.template.answer_segments(shots, text) for text in texts]
     asked = _with_prompts(s, rows, exemplars, builds, budget(s, s.limits.answer))
-    completions = sample("answers", _requests(s, "answer", asked))
+    completions = sample("answers", requests_for(s, "answer", asked))
     with s.account("answer filters", t):
         rows = [_row(*rest) for rest in _judge_answers(s, pool, accepted, asked, completions)]
     return _said(s, "answers", rows)
@@ -192,7 +192,8 @@ def _with_prompts(s: Setting, rows: Sequence[Row], exemplars: Sequence[list[Reco
     return out
 
 
-def _requests(s: Setting, purpose: str, rows: Sequence[Row]) -> list[Request]:
+def requests_for(s: Setting, purpose: str, rows: Sequence[Row]) -> list[Request]:
+    """What the sampler is asked for rows with prompts; purpose: question or answer."""
     settings = _sampling(s, purpose)
     return [Request(tokens=tuple(s.tokenizer.encode_segments(row["segments"])), address=_draw(purpose, row), stop=s.template.stops(purpose),
                     **settings) for row in rows]

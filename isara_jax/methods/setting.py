@@ -10,7 +10,7 @@ from isara_jax.data.pool import Pool
 from isara_jax.data.prompts import Template
 from isara_jax.data.splits import LeakIndex
 from isara_jax.data.tokenizer import ByteTokenizer, Tokenizer
-from isara_jax.decode.generate import Completion, Request
+from isara_jax.decode.requests import Completion, Request
 from isara_jax.retrieval.store import VectorStore
 
 # sample(stage name, requests) -> completions in the order of the requests, drawn from the current model

@@ -22,7 +22,7 @@ from flax import nnx
 
 from isara_jax.models.config import LayerKind, ModelConfig
 from isara_jax.models.layers import Block, Layer, Linear, Norm, capped, matmul
-from isara_jax.models.rope import turn
+from isara_jax.models.rope import turn_once
 
 Params = dict[str, Any]
 # attend(q [B, T, N, H] scaled, k [B, T, K, H], v [B, T, K, H], layer, state) -> (out [B, T, N, H], state); layer is a `Layer`
@@ -85,7 +85,9 @@ def forward(params: Params, cfg: ModelConfig, tokens_BT: jax.Array, positions_BT
             remat: bool = False, drop: Callable[[Any], Callable[[jax.Array, int], jax.Array]] | None = None) -> tuple[jax.Array, Any]:
     """Tokens to the hidden states `lm_head` takes: ([B, T, E] float32, the state that `attend` left).
 
-    `params["layers"]` is either the tree of layers (unrolled; any `attend`) or one stacked tree (scanned; `attend` keeps no state).
+    `params["layers"]` is either the tree of layers (unrolled) or one stacked tree (scanned). Under scan `layer.index` is an array, and
+    `attend` leaves a state of the shapes and dtypes it was given: the scan carries it whole, so that what is written in it is written in
+    place, where slices handed to each layer and collected again would be copied.
     `remat` recomputes each block in the backward pass instead of keeping its activations. `drop`, given the number of a layer, returns its
     `Layer.drop`: the dropout before adapters.
     """
@@ -107,8 +109,11 @@ def forward(params: Params, cfg: ModelConfig, tokens_BT: jax.Array, positions_BT
             run = functools.partial(block, layer=kinds.layer(i, drop and drop(i)))
             x_BTD, state = (jax.checkpoint(run) if remat else run)(layers[str(i)], x_BTD, state)
     else:
-        body = lambda x, xs: (block(xs[0], x, None, kinds.scanned(xs[1], drop and drop(xs[1])))[0], None)
-        x_BTD, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, x_BTD, (layers, jnp.arange(cfg.n_layers)))
+        def body(carry, xs):
+            (x, state), (layer_params, i) = carry, xs
+            return block(layer_params, x, state, kinds.scanned(i, drop and drop(i))), None
+
+        (x_BTD, state), _ = jax.lax.scan(jax.checkpoint(body) if remat else body, (x_BTD, state), (layers, jnp.arange(cfg.n_layers)))
     if cfg.final_norm:
         x_BTD = nnx.merge(_norm(cfg), nnx.State(params.get("norm", {})))(x_BTD)
     return matmul(x_BTD, params["project_out"]["kernel"]) if "project_out" in params else x_BTD, state
@@ -121,7 +126,7 @@ class _Kinds:
         self.cfg, self.kinds = cfg, tuple(cfg.kind(i) for i in range(cfg.n_layers))
         ropes = tuple(dict.fromkeys(kind.rope for kind in self.kinds))
         width = cfg.rotary_dim
-        self.turns = {rope: turn(rope, width, positions_BT) if width else None for rope in ropes}
+        self.turns = {rope: turn_once(rope, width, positions_BT) if width else None for rope in ropes}
 
     def layer(self, i: int, drop: Any) -> Layer:
         kind = self.kinds[i]
@@ -139,7 +144,7 @@ class _Kinds:
         else:
             number = jnp.array([which.index(k.rope) for k in self.kinds])[i]
             pair = tuple(jnp.stack(parts)[number] for parts in zip(*turns))
-        return Layer(None, window, scale, self.cfg.attn_softcap, pair, drop)
+        return Layer(i, window, scale, self.cfg.attn_softcap, pair, drop)
 
     def _scale(self, kind: LayerKind) -> float:
         return kind.scale or self.cfg.head_dim ** -0.5

@@ -28,7 +28,7 @@ class Layer(NamedTuple):
     """What a block is told about its place; numbers are arrays where layers that differ are scanned.
 
     Attributes:
-        index: of the layer; None under scan.
+        index: of the layer.
         window: keys that a query sees, itself included; the number 0 (never an array) is all of them.
         scale: of the scores.
         softcap: of the scores; 0 is none.
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
         drop: (input, number of the product) -> input of an adapter, with dropout; None where there is none.
     """
 
-    index: int | None
+    index: Any
     window: Any
     scale: Any
     softcap: float

@@ -54,3 +54,14 @@ def turn(rope: Rope | None, width: int, positions_BT: jax.Array) -> tuple[jax.Ar
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies(rope, width)
     gain = np.float32(rope.gain)
     return jnp.cos(angles) * gain, jnp.sin(angles) * gain
+
+
+def turn_once(rope: Rope | None, width: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`turn`, computed in a loop of two: what stands before no loop XLA:CPU computes again wherever it is used, here for each head and layer."""
+    axis = next((a for a in (1, 0) if positions_BT.shape[a] % 2 == 0), None)
+    if rope is None or axis is None:
+        return turn(rope, width, positions_BT)
+    leading = jnp.moveaxis(positions_BT, axis, 0)
+    halves = leading.reshape(2, -1, *leading.shape[1:])
+    made = jax.lax.map(lambda places: turn(rope, width, places), halves)
+    return tuple(jnp.moveaxis(x.reshape(*leading.shape, *x.shape[3:]), 0, axis) for x in made)
