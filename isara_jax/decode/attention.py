@@ -14,6 +14,7 @@ R = G * T query rows that share a key head, M members of a group of rows, U grou
 """
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from isara_jax.models.layers import NEG_INF, capped, group_heads, in_window
 TILE = 16    # rows that walk their blocks in step: as many steps as the longest of them needs
 GROUPS = 8   # groups that walk their common blocks in step
 PRODUCT = 32  # rows of a product up to which its bits are those of 2 rows (research: row-count classes of XLA:CPU in float32)
+SUMMED = 4096  # elements of an array from which on XLA:CPU adds up its rows in one order
 
 KV = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]  # keys and values, each a tuple over layers
 
@@ -76,8 +78,8 @@ def block_bytes(cfg: ModelConfig, dtype: str, width: int) -> int:
 
 
 def members(cfg: ModelConfig) -> int:
-    """Most rows of a group: so many that their queries make a product of up to `PRODUCT` rows."""
-    return max(2, PRODUCT // _heads(cfg))
+    """Most rows of a group: so many that their queries make a product of up to `PRODUCT` rows; 1 where two would make a larger one."""
+    return max(1, PRODUCT // _heads(cfg))
 
 
 def tiles(rows: int) -> list[slice]:
@@ -97,10 +99,22 @@ def _heads(cfg: ModelConfig) -> int:
     return max(2, cfg.n_heads // cfg.n_kv_heads)
 
 
+def finite(k: jax.Array, v: jax.Array, dtype: str, mark: bool = True) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [..., H] in `dtype`, such that they harm no later text in their block.
+
+    A value that is not finite becomes 0, for a weight of 0 does not hide NaN. Its key becomes NaN, so that whoever sees it is broken too;
+    scores of keys that a row does not see are replaced, whatever they are. Without `mark` (where masked scores are not
+    replaced) its key becomes 0 as well, and what it was goes unnoticed.
+    """
+    k, v = k.astype(dtype), v.astype(dtype)
+    good = jnp.isfinite(v)
+    fallback = jnp.asarray(jnp.nan if mark else 0, k.dtype)
+    k = jnp.where(jnp.all(good, axis=-1, keepdims=True) if mark else jnp.isfinite(k), k, fallback)
+    return k, jnp.where(good, v, jnp.zeros((), v.dtype))
+
+
 def _store(x: jax.Array, dtype: str) -> jax.Array:
-    """In the stored type; what is not finite becomes 0, for a weight of 0 does not hide NaN from the next text in this block."""
     x = x.astype(dtype)
-    x = jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if dtype == "bfloat16" else x
 
 
@@ -119,7 +133,8 @@ def prefill(dtype: str, start_P: jax.Array, table_PC: jax.Array):
         T, K, i = q_BTNH.shape[1], k_BTKH.shape[2], layer.index
         k, v = state[0][i], state[1][i]
         W = k.shape[-1]
-        new_k, new_v = _store(k_BTKH, dtype).transpose(0, 2, 3, 1), _store(v_BTKH, dtype).transpose(0, 2, 1, 3)
+        new_k, new_v = (_store(x, dtype) for x in finite(k_BTKH, v_BTKH, dtype))
+        new_k, new_v = new_k.transpose(0, 2, 3, 1), new_v.transpose(0, 2, 1, 3)
         block_P, offset_P = _at(table_PC, start_P // W), start_P % W
         for p in range(len(start_P)):
             k = jax.lax.dynamic_update_slice(k, new_k[p:p + 1], (block_P[p], 0, 0, offset_P[p]))
@@ -203,9 +218,10 @@ def _common(q_SKRH: jax.Array, k: jax.Array, v: jax.Array, groups: Groups, posit
 
 def flush(dtype: str, kv: KV, recent: KV, block_SJ: jax.Array, offset_SJ: jax.Array) -> KV:
     """The pool with the recent keys and values written where they are told to go."""
-    put_k = lambda into, new: into.at[block_SJ, :, :, offset_SJ].set(_store(new, dtype).transpose(0, 2, 1, 3))
-    put_v = lambda into, new: into.at[block_SJ, :, offset_SJ].set(_store(new, dtype).transpose(0, 2, 1, 3))
-    return tuple(map(put_k, kv[0], recent[0])), tuple(map(put_v, kv[1], recent[1]))
+    new = [[_store(x, dtype) for x in finite(k, v, dtype)] for k, v in zip(*recent)]
+    put_k = lambda into, new: into.at[block_SJ, :, :, offset_SJ].set(new.transpose(0, 2, 1, 3))
+    put_v = lambda into, new: into.at[block_SJ, :, offset_SJ].set(new.transpose(0, 2, 1, 3))
+    return tuple(map(put_k, kv[0], (k for k, _ in new))), tuple(map(put_v, kv[1], (v for _, v in new)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- online softmax
@@ -236,7 +252,16 @@ def _attend_block(acc, q_BKRH, k_BKHW, v_BKWH, visible, layer, dtype):
     weights = jnp.exp(scores - new_top)
     scale = jnp.exp(top - new_top)
     values = jnp.einsum("BKRW,BKWH->BKRH", weights.astype(dtype), v_BKWH, preferred_element_type=jnp.float32)
-    return new_top, total * scale + jnp.sum(weights, axis=-1, keepdims=True), out * scale + values
+    return new_top, total * scale + _sum(weights), out * scale + values
+
+
+def _sum(x_BKRW: jax.Array) -> jax.Array:
+    """Over the last axis, [B, K, R, 1]. XLA:CPU adds up arrays of fewer than `SUMMED` elements in another order, so rows of zeros join."""
+    B, *rest = x_BKRW.shape
+    short = -(-SUMMED // math.prod(rest)) - B
+    if short > 0:
+        x_BKRW = jax.lax.optimization_barrier(jnp.concatenate([x_BKRW, jnp.zeros((short, *rest))]))
+    return jnp.sum(x_BKRW, axis=-1, keepdims=True)[:B]
 
 
 def _finish(acc, T: int, dtype: str) -> jax.Array:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from isara_jax.decode.attention import finite
 from isara_jax.models.config import ModelConfig
 from isara_jax.models.layers import Layer, in_window, masked_attention
 
@@ -39,7 +40,7 @@ def prefill(kind: str, dtype: str, start_P: jax.Array, table_PC: jax.Array):
         (P, C), T, (W, K, H) = table_PC.shape, q_BTNH.shape[1], state[0].shape[2:]
         at_PT = start_P[:, None] + jnp.arange(T)
         block_PT = jnp.take_along_axis(table_PC, at_PT // W, axis=1)
-        state = tuple(pool.at[block_PT, layer.index, at_PT % W].set(_kept(new, dtype)) for pool, new in zip(state, (k_BTKH, v_BTKH)))
+        state = tuple(pool.at[block_PT, layer.index, at_PT % W].set(new) for pool, new in zip(state, _kept(kind, k_BTKH, v_BTKH, dtype)))
         k_PSKH, v_PSKH = (pool[table_PC, layer.index].reshape(P, C * W, K, H) for pool in state)
         distance_PTS = at_PT[..., None] - jnp.arange(C * W)
         visible_PTS = in_window(distance_PTS >= 0, distance_PTS, layer)
@@ -70,8 +71,8 @@ def decode(kind: str, dtype: str, cached_S: jax.Array, j: jax.Array):
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer, state):
         rows, M = jnp.arange(len(at_S)), state[0].shape[2]
-        state = tuple(held.at[layer.index, rows, at_S].set(_kept(new[:, 0], dtype), mode="drop", unique_indices=True)
-                      for held, new in zip(state, (k_BTKH, v_BTKH)))
+        state = tuple(held.at[layer.index, rows, at_S].set(new[:, 0], mode="drop", unique_indices=True)
+                      for held, new in zip(state, _kept(kind, k_BTKH, v_BTKH, dtype)))
         k_SMKH, v_SMKH = (jax.lax.dynamic_index_in_dim(held, layer.index, keepdims=False) for held in state)
         distance_SM = at_S[:, None] - jnp.arange(M)
         visible_S1M = in_window(distance_SM >= 0, distance_SM, layer)[:, None]
@@ -103,7 +104,5 @@ def _attention(kind: str, dtype: str, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BS
     return out.astype(jnp.float32)
 
 
-def _kept(x: jax.Array, dtype: str) -> jax.Array:
-    """In the stored type; what is not finite becomes 0, for a weight of 0 does not hide NaN from the next text in this block."""
-    x = x.astype(dtype)
-    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+def _kept(kind: str, k: jax.Array, v: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+    return finite(k, v, dtype, mark=kind == "xla")  # whether cuDNN replaces masked scores or adds to them is not documented

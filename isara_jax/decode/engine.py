@@ -55,7 +55,7 @@ class EngineConfig:
     chunk: int = 64
     lanes: int = 8
     key_block: int = 128
-    steps: int = 8
+    steps: int = 4
     attention: str = "blocks"
 
     def __post_init__(self):

@@ -303,7 +303,7 @@ class Sampler:
                 ended.append((row.request, done))
                 device.rows[s] = None
                 self._slots.rows.done[slot] = True
-                for block in row.table:
+                for block in reversed(row.table):  # the beginning of a text is found without what follows it, so it is to stay longest
                     device.pool.release(block)
         return ended
 

@@ -58,7 +58,7 @@ class Device:
                 pool.use(block)
             if (fresh := pool.take(len(layout.whole) - len(known) + layout.own)) is not None:
                 break
-            for block in held:
+            for block in reversed(held):
                 pool.release(block)
         else:
             return None
