@@ -32,6 +32,7 @@ from isara_jax.icl import InContext
 from isara_jax.session import make_template
 
 ANSWER_TOKENS = 256         # of an answer where no run says; half of the context where that is less
+ROOM = 8192  # tokens of a conversation that can be remembered; a longer one starts anew with a larger memory
 # The engine of one conversation: no idle slots, and short blocks, so that a turn computes little of the turns before it again. Its answers may
 # differ in rounding from those of the same model in a run.
 LATENCY = {"slots": 2, "chunk": 64, "lanes": 4, "key_block": 64, "steps": 4}
@@ -223,7 +224,7 @@ class Chat:
     def __init__(self, asked: InContext, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, cost: bool = False):
         self.turns: list[Turn] = []
         self._asked, self._temperature, self._top_p, self._seed, self._cost = asked, temperature, top_p, seed, cost
-        self._count, self._pairs, self._sampler = 0, (), asked.lm.sampler()
+        self._count, self._pairs, self._sampler = 0, (), asked.lm.sampler(min(ROOM, asked.lm.context))
 
     def take(self, line: str) -> bool:
         """Answer a question, or do what a command says; False where the conversation is to end."""

@@ -189,6 +189,7 @@ class LM:
         and where every text ended because the model's logits are no numbers.
         """
         sampler = sampler or self.sampler()
+        sampler.check(requests)
         self._check_room(sampler, requests)
         made = list(sampler.stream(requests, seed=seed, on_progress=on_progress, on_text=on_text))
         if on_end:
@@ -198,10 +199,13 @@ class LM:
                             "or fine-tuning diverged. Check the model's files, or lower --config.sft.lr.")
         return made
 
-    def sampler(self) -> Sampler:
-        """A sampler of these weights that remembers the beginnings of prompts from one `run` to the next, as the turns of a chat need."""
+    def sampler(self, room: int = 0) -> Sampler:
+        """A sampler of these weights that remembers the beginnings of prompts from one `run` to the next, as the turns of a chat need.
+
+        room: tokens that it is to hold at least, so that later calls need no larger pool.
+        """
         return Sampler(self._compute_params(), self.cfg, self.engine, self.mesh, stop_ids=self.tokenizer.stop_ids, context=self.context,
-                       decode=self.tokenizer.decode)
+                       decode=self.tokenizer.decode, room=room)
 
     # ------------------------------------------------------------------------------------------------------------------------
     def _check_room(self, sampler: Sampler, requests: Sequence[Request]) -> None:

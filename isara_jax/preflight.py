@@ -148,7 +148,8 @@ def compilation_cache() -> Path | None:
     except OSError:
         return None  # a cache that cannot be written only costs time
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # also the small ones: a second start compiles nothing
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # the small ones too: a second start compiles nothing
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     return folder
 

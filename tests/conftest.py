@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")  # to keep thousands of small programs would take minutes
+
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_a_file_end_with_it():

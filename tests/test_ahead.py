@@ -36,6 +36,7 @@ def _start(cache) -> tuple[dict[str, int], str]:
     env = {**os.environ, "ISARA_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
     env.pop("ISARA_NO_COMPILATION_CACHE", None)
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    env.pop("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", None)
     done = subprocess.run([sys.executable, "-c", SECOND_START], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr

@@ -95,6 +95,20 @@ def test_earlier_turns_come_before_the_question(lm, capsys):
     assert bytes(heard.requests[3].tokens) == b"Q: Why?\nA:" and len(talker.turns) == 1
 
 
+def test_turns_share_what_stands_before_them(lm, capsys):
+    """The second prompt begins with the first; its whole blocks of 64 tokens are not computed again, and the answer is the one without them."""
+    first = "Who is it that asks? " * 8
+    talker = chat.Chat(asked(lm, tokens=20), seed=3, temperature=1.0)
+    talker.take(first)
+    talker.take("Why?")
+    assert talker._sampler.counts.shared == (len(b"Q: ") + len(first.strip()) + len(b"\nA:")) // 64 * 64 > 0
+    alone = chat.Chat(asked(lm, tokens=20), seed=3, temperature=1.0)
+    alone.take(first)
+    alone._sampler = lm.sampler(lm.context)
+    alone.take("Why?")
+    assert alone.turns == talker.turns and alone._sampler.counts.shared == 0
+
+
 def test_turns_that_no_longer_fit_are_dropped_and_a_question_that_never_fits_is_told(lm, capsys):
     talker = chat.Chat(asked(lm, room=60), temperature=1.0)
     talker.take("Who is it that asks?")

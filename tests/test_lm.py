@@ -4,6 +4,7 @@ import pytest
 
 import isara_jax
 from isara_jax.common import UserError
+from isara_jax.decode.requests import Request
 from isara_jax.lm import describe, load
 
 
@@ -65,6 +66,28 @@ def test_a_prompt_alone_draws_what_it_draws_in_company(lm):
     assert company[1] == alone[0]
 
 
+def test_log_probabilities_are_those_of_the_model(lm):
+    """Of whatever was drawn, with any filter: the score of the text under the model itself."""
+    ids = lm.tokenizer.encode("a question")
+    (sample,) = lm.generate([ids], max_new_tokens=9, temperature=1.3, top_k=40, top_p=0.9, repetition_penalty=1.2, seed=2, ignore_eos=True,
+                            log_p=True)[0]
+    assert len(sample.log_p) == 9 and lm.score([ids], [sample.ids]) == pytest.approx([sum(sample.log_p)], abs=1e-3)
+    assert lm.generate([ids], max_new_tokens=9)[0][0].log_p is None
+
+
+def test_samples_of_one_prompt_share_its_prefill(lm):
+    counted = []
+    requests = [Request(tuple(range(1, 42)), i, 3, 1.0, 1.0) for i in range(6)]
+    lm.run(requests, seed=0, on_end=counted.append)
+    assert (counted[0].prompt_tokens, counted[0].prefilled, counted[0].shared) == (6 * 40, 40, 5 * 40)
+
+
+def test_damaged_weights_are_named(lm):
+    broken = lm.with_params({**lm.params, "norm": {"scale": lm.params["norm"]["scale"] * float("nan")}})
+    with pytest.raises(UserError, match="the model's logits are no numbers .* for every one of 2 prompts"):
+        broken.generate(["a", "b"], max_new_tokens=2)
+
+
 def test_stop_strings_are_cut_from_the_text(lm):
     (free,) = lm.generate(["abc"], max_new_tokens=20, temperature=1.0, seed=1, ignore_eos=True)[0]
     stop = free.text[4:6]
@@ -76,8 +99,11 @@ def test_stop_strings_are_cut_from_the_text(lm):
     (lambda lm: lm.generate(["x"], temperature=0.5), "give seed=NUMBER"),
     (lambda lm: lm.generate("x"), "list of prompts"),
     (lambda lm: lm.generate(["x", ""]), "prompt 1 is empty"),
-    (lambda lm: lm.generate(["x"], n=0), "n is at least 1"),
-    (lambda lm: lm.generate(["x"], stop=[""]), "stop strings are not empty"),
+    (lambda lm: lm.generate(["x"], n=0), "n=0 is out of range: at least 1"),
+    (lambda lm: lm.generate(["x"], stop=[""]), r"stop=\[''\] is out of range: strings that are not empty"),
+    (lambda lm: lm.generate(["x"], max_new_tokens=3, min_new_tokens=4), "min_new_tokens=4 is out of range: from 0 to max_new_tokens=3"),
+    (lambda lm: lm.generate(["x"], stop_ids=[256 * 256]), "stop id 65536 is not in the vocabulary"),
+    (lambda lm: lm.run([Request((), 0, 4, 0.0, 1.0)], seed=0), "request 0: the prompt is empty"),
     (lambda lm: lm.generate(["x" * 600]), "context|takes"),
     (lambda lm: lm.logits([[1], []]), "row 1 has 0 tokens"),
     (lambda lm: lm.logits([[1, 9999]]), "token id 9999"),
@@ -90,7 +116,7 @@ def test_bad_calls_say_what_is_wrong(lm, call, message):
 
 
 def test_slots_that_memory_cannot_hold_are_refused_with_the_number_that_fits(lm):
-    with pytest.raises(UserError, match=r"1000000000 slots of 5 tokens need .*with_engine\(slots=\d+\)"):
+    with pytest.raises(UserError, match=r"1000000000 slots for 1 prompts need .*with_engine\(slots=\d+\)"):
         lm.with_engine(slots=10**9).generate([[1, 2]], max_new_tokens=3)
 
 

@@ -190,7 +190,8 @@ def decode(dtype: str, kv: KV, places: Places, groups: Groups | None, cached_S: 
         acc = tuple(jnp.concatenate(parts)[back] for parts in zip(*walked))
         back_J = j - jnp.arange(recent_k.shape[2])
         among = in_window(back_J >= 0, back_J, layer)[None, None, None]
-        acc = _attend_block(acc, q_SKRH, recent_k.transpose(0, 1, 3, 2).astype(dtype), recent_v.astype(dtype), among, layer, dtype)
+        scores = jnp.einsum("BKRH,BKJH->BKRJ", q_SKRH, recent_k.astype(dtype), preferred_element_type=jnp.float32)
+        acc = _add(acc, scores, recent_v.astype(dtype), among, layer, dtype)
         return _finish([x[:, :, :G] for x in acc], 1, dtype), (_put(state[0], i, recent_k), _put(state[1], i, recent_v))
 
     return attend
@@ -235,19 +236,19 @@ def _walk(acc, q_BKRH, k_NKHW, v_NKWH, table_BC, first, last, visible, layer, dt
 
     def one(c, acc):
         block_B = jax.lax.dynamic_index_in_dim(table_BC, c, axis=1, keepdims=False)
-        return _attend_block(acc, q_BKRH, _load(k_NKHW[block_B], dtype), _load(v_NKWH[block_B], dtype), visible(c), layer, dtype)
+        scores = jnp.einsum("BKRH,BKHW->BKRW", q_BKRH, _load(k_NKHW[block_B], dtype), preferred_element_type=jnp.float32)
+        return _add(acc, scores, _load(v_NKWH[block_B], dtype), visible(c), layer, dtype)
 
     return jax.lax.fori_loop(first, last, one, acc)
 
 
-def _attend_block(acc, q_BKRH, k_BKHW, v_BKWH, visible, layer, dtype):
-    """One block more. Where a row sees nothing of it, the weights are zero, the scale is one, and nothing changes.
+def _add(acc, scores_BKRW, v_BKWH, visible, layer, dtype):
+    """The keys of one block more. Where a row sees nothing of it, the weights are zero, the scale is one, and nothing changes.
 
     What is hidden scores -inf and the largest score is at least `NEG_INF`, so its weight is exp(-inf), zero.
     """
     top, total, out = acc
-    scores = capped(jnp.einsum("BKRH,BKHW->BKRW", q_BKRH, k_BKHW, preferred_element_type=jnp.float32), layer.softcap)
-    scores = jnp.where(visible, scores, -jnp.inf)
+    scores = jnp.where(visible, capped(scores_BKRW, layer.softcap), -jnp.inf)
     new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - new_top)
     scale = jnp.exp(top - new_top)

@@ -116,11 +116,16 @@ def table_width(needed: int) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 class Sampler:
-    """Keeps the pool, and with it the beginnings of prompts, from one call of `stream` to the next: for the turns of a chat."""
+    """Keeps the pool, and with it the beginnings of prompts, from one call of `stream` to the next: for the turns of a chat.
+
+    A call that needs a larger pool gets a new one, which knows nothing and has its own programs. `room` is what the first one holds at least, in
+    tokens.
+    """
 
     def __init__(self, params: Params, cfg: ModelConfig, config: EngineConfig, mesh: Mesh, *, stop_ids: Iterable[int], context: int,
-                 decode: Decode | None = None, share: bool = True):
+                 decode: Decode | None = None, share: bool = True, room: int = 0):
         self.params, self.cfg, self.config, self.mesh, self.context, self.decode, self.share = params, cfg, config, mesh, context, decode, share
+        self.room = -(-room // config.key_block)
         self.stop_ids = tuple(sorted(stop_ids))
         self.counts = Counts()
         self.engine: Engine | None = None
@@ -130,7 +135,7 @@ class Sampler:
     def stream(self, requests: Sequence[Request], *, seed: int, on_progress: Callable[[int, int, int, int], None] | None = None,
                on_text: Callable[[int, str], None] | None = None) -> Iterator[Completion]:
         """The completions in the order of the requests, each as soon as it and those before it have ended; see `generate`."""
-        check(requests, vocab_size=self.cfg.vocab_size, context=self.context, decode=self.decode)
+        self.check(requests)
         if on_text and self.decode is None:
             raise ValueError("on_text is to be called, but no decode function was given")
         self.counts = Counts()
@@ -145,6 +150,10 @@ class Sampler:
                 while due in made:
                     yield made.pop(due)
                     due += 1
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise `UserError` for a request that cannot be run."""
+        check(requests, vocab_size=self.cfg.vocab_size, context=self.context, decode=self.decode)
 
     def compile(self, requests: Sequence[Request]) -> str:
         """Start to compile, in the background, what these requests will run, and say what that is. `params` may be shapes with shardings."""
@@ -216,7 +225,7 @@ class Sampler:
         """(blocks of a pool, places of a table) for requests in the order in which they get their slots."""
         if not self.share:
             layouts = [blocks.Layout((), None, len(x.whole) + x.own) for x in layouts]
-        longest = max(len(x.whole) + x.own for x in layouts)
+        longest = max(self.room, *(len(x.whole) + x.own for x in layouts))
         return pool_blocks(max(longest, blocks.most_in_use(layouts, slots)), slots), table_width(longest)
 
     def _make_room(self, layouts: Collection[blocks.Layout]) -> None:

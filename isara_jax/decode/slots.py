@@ -127,7 +127,7 @@ class Slots:
         used = np.where(ready, -(-self.rows.cached // config.key_block), 0)
         tables = [row.table if row else [] for d in devices for row in d.rows]
         S, parts = config.slots, attention.tiles(config.slots)
-        M, U = attention.members(self.engine.cfg), -(-S // 2 // GROUPS) * GROUPS
+        M, U = attention.members(self.engine.cfg), -(-S // 4 // GROUPS) * GROUPS
         made = []
         for n in range(len(devices)):
             part = slice(n * S, n * S + S)
@@ -138,7 +138,8 @@ class Slots:
                 table[s, :len(t)] = t
             own, of, group_table, depth, members = (np.zeros(S, np.int32), np.full(S, U * M, np.int32), np.zeros((U, C), np.int32),
                                                     np.zeros(U, np.int32), np.zeros((U, M), np.int32))
-            for u, (blocks_in_common, rows) in enumerate(sorted(found, key=lambda x: -x[0])):
+            worth = sorted(found, key=lambda x: -x[0] * (len(x[1]) - 1))[:U]  # where there are too many groups, some rows walk alone
+            for u, (blocks_in_common, rows) in enumerate(sorted(worth, key=lambda x: -x[0])):
                 depth[u], group_table[u, :blocks_in_common] = blocks_in_common, mine[rows[0]][:blocks_in_common]
                 for m, s in enumerate(rows):
                     members[u, m], own[s], of[s] = s, blocks_in_common, u * M + m
