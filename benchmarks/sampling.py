@@ -40,6 +40,7 @@ from isara_jax import preflight
 from isara_jax.common import atomic_write
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
+TRIED = 16  # rows, and new tokens of each, on which llama.cpp's micro-batch is chosen
 PARTS = ("separate", "shared", "isara", "samples", "precision", "shapes")
 COLUMNS = {"bfloat16": 0, "float32": 1}
 ASKED = {  # of each part and other side the least ratio and the one aimed at, in bfloat16 where the CPU has it and in float32 where not
@@ -104,7 +105,7 @@ class Llama:
         self.missing = sum(lengths) - len(lengths) * shared if shared else 0
         self.how = {"build": build, "model": model, "prompt": shared or round(statistics.mean(lengths)), "new": stage["new"],
                     "rows": len(lengths), "shared": bool(shared)}
-        trials = {size: self._run(size) for size in micro_batches}
+        trials = {size: self._run(size, rows=min(TRIED, len(lengths)), new=TRIED) for size in micro_batches}
         self.best = min(trials, key=lambda size: trials[size]["seconds"])
         self.side = Side("llama.cpp", {"batch": self.best, "trials": {size: made["seconds"] for size, made in trials.items()}}, [])
 
@@ -114,8 +115,8 @@ class Llama:
     def end(self) -> None:
         pass
 
-    def _run(self, size: int) -> dict:
-        made = sides.llama(micro_batch=size, **self.how)
+    def _run(self, size: int, **instead: int) -> dict:
+        made = sides.llama(micro_batch=size, **self.how | instead)
         return made | {"seconds": made["seconds"] + self.missing / made["prefill"]}
 
 

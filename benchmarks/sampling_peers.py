@@ -57,10 +57,11 @@ def few_shot(encode, rng: random.Random, count: int) -> list[list[int]]:
 
 
 def shared_prefix(encode, rng: random.Random, count: int) -> tuple[list[int], list[list[int]]]:
-    """A prefix of about 514 tokens and suffixes of 36 to 81."""
+    """A prefix of 514 tokens and suffixes of 36 to 81."""
     prefix: list[int] = []
-    while not 506 <= len(prefix) <= 522:
-        prefix = encode("".join("Question: {}\nAnswer: {}\n\n".format(*_asked(rng, rng.choice((0, 1)))) for _ in range(5)))
+    while len(prefix) < 514:
+        prefix += encode("Question: {}\nAnswer: {}\n\n".format(*_asked(rng, rng.choice((0, 1)))))
+    prefix = prefix[:514]
     suffixes: list[list[int]] = []
     while len(suffixes) < count:
         ids = encode(f"Question: {_asked(rng, rng.choice((0, 1)))[0]}\nAnswer:")
