@@ -96,8 +96,8 @@ def start(session: Session) -> None:
 
 def compile_ahead(session: Session) -> None:
     """Have what the first questions take compiled in the background, while the weights are read."""
-    if (session.workdir.iteration(1) / "questions.jsonl").exists():
-        return
+    if (session.workdir.iteration(1) / "questions.jsonl").exists() or not session.embedder.ready:
+        return  # nothing is to be asked, or which prompts are is not known before the weights
     setting, count = dataclasses.replace(session.setting(), say=lambda _: None), min(session.config.generate.requests, FORESEEN)
     asked = session.method.question_prompts(setting, 1, session.train_seeds, count)
     said = lm_lib.compile_ahead(session.blueprint, session.dtype, session.mesh, session.config.generate,

@@ -166,7 +166,7 @@ class Sampler:
         slots, names = Slots(requests, limits, self.stop_ids, 0, engine), [name for x in layouts.values() for name in (*x.whole, x.rest) if name]
         rows, places, groups = slots.arguments(np.zeros(engine.slots, bool), devices, share=False)
         programs = engine.compile(self.params, rows, places, groups if self.share and len(set(names)) < len(names) else None,
-                                  slots.seen(devices, self.cfg.vocab_size) if any(r.repetition_penalty != 1 for r in requests) else None)
+                                  slots.seen(devices, self.cfg.vocab_size))
         return f"{', '.join(programs)}: {engine}"
 
     # ------------------------------------------------------------------------------------------------------------------ the loop
@@ -181,7 +181,6 @@ class Sampler:
         waiting = deque(layouts)
         self._make_room(layouts.values())
         self._slots = Slots(requests, limits, self.stop_ids, seed, self.engine)
-        penalised = any(r.repetition_penalty != 1 for r in requests)
         try:
             while waiting or any(row for d in self._devices for row in d.rows):
                 self._place(waiting, requests, layouts)
@@ -192,7 +191,7 @@ class Sampler:
                 rows, places, groups = self._slots.arguments(ready, self._devices, self.share)
                 self._state, chunk = self.engine.decode_chunk(
                     self.params, self._state, rows, places, groups if groups.depth.any() else None,
-                    self._slots.seen(self._devices, self.cfg.vocab_size) if penalised else None)
+                    self._slots.seen(self._devices, self.cfg.vocab_size))
                 yield self._harvest(jax.device_get(chunk), requests, ready, bool(waiting), on_text)
         finally:  # whoever stops in between leaves a sampler that can be used again
             if any(row or d.units for d in self._devices for row in d.rows):

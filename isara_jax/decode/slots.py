@@ -94,6 +94,7 @@ class Slots:
 
     def __init__(self, requests: Sequence[Request], limits: Sequence[int], stop_ids: tuple[int, ...], seed: int, engine: Engine):
         self.requests, self.limits, self.engine = requests, limits, engine
+        self.penalised = any(r.repetition_penalty != 1 for r in requests)
         self.keys = request_keys(np.array([seed if r.seed is None else r.seed for r in requests], np.uint64),
                                  np.array([r.address for r in requests], np.uint64))
         self.ends = [sorted({*r.stop_ids, *(() if r.ignore_eos else stop_ids)}) for r in requests]
@@ -152,8 +153,10 @@ class Slots:
         rows = self.rows._replace(done=self.rows.done | ~ready)
         return rows, join([p for p, _ in made]), join([g for _, g in made])
 
-    def seen(self, devices: list[Device], vocab_size: int) -> np.ndarray:
-        """[slots, V] bool: the tokens of each row's prompt and text."""
+    def seen(self, devices: list[Device], vocab_size: int) -> np.ndarray | None:
+        """[slots, V] bool: the tokens of each row's prompt and text. None where no request penalises repetition."""
+        if not self.penalised:
+            return None
         out = np.zeros((self.engine.slots, vocab_size), bool)
         for slot, row in enumerate(row for d in devices for row in d.rows):
             if row:
